@@ -1,0 +1,73 @@
+# `make help` lists the targets. Everything lives in .venv; nothing is installed elsewhere.
+#
+# PYTHON       the interpreter that .venv is made from (3.11 or 3.12)
+# TORCH_INDEX  package index for torch alone. On Linux without a GPU:
+#              make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# PYTEST_ARGS, DEMO_ARGS  passed through
+
+SHELL := bash
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3) python3)
+TORCH_INDEX ?=
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+LOG := $(VENV)/setup.log
+CONSTRAINTS := constraints/cpu.txt
+TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' $(CONSTRAINTS))
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+# pip's own lines go to the log; the terminal gets one dot a package.
+DOTS := tee -a $(LOG) | awk '/^ *(Collecting|Downloading|Installing)/ { printf "."; fflush() } END { print "" }'
+FAILED = { echo "error: pip failed; last lines of $(LOG):" >&2; tail -n 15 $(LOG) >&2; exit 1; }
+
+.PHONY: help setup test test-verl demo demo-short lint format clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv and install everything into it (2-5 minutes; nothing to do the second time)
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' || { \
+	  echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1), needed Python 3.11 or 3.12" >&2; \
+	  echo "hint: make setup PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@echo "[1/3] $(VENV) from $$($(PYTHON) -V)"
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@: > $(LOG)
+	@printf '[2/3] $(TORCH) '
+	@set -o pipefail; { $(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH) 2>&1 | $(DOTS); } || $(FAILED)
+	@printf '[3/3] recast, verl and the rest '
+	@set -o pipefail; { $(PIP) install -e '.[cpu,embed,dev]' -c $(CONSTRAINTS) 2>&1 | $(DOTS); } || $(FAILED)
+	@touch $@
+	@$(BIN)/python -c 'from importlib.metadata import version as v; print("ready:", *(f"{n} {v(n)}" for n in ("verl-recast", "verl", "torch")))'
+
+test: setup lint ## lint, type check and the test suite (without the long verl runs)
+	@$(BIN)/python -m pytest -m "not verl and not vllm and not gpu" $(PYTEST_ARGS)
+
+test-verl: setup ## the tests that start real verl jobs
+	@$(BIN)/python -m pytest -m verl $(PYTEST_ARGS)
+
+demo: setup ## the whole product on MovieLens-100K (about 20 minutes on two cores)
+	@$(BIN)/recast demo $(DEMO_ARGS)
+
+demo-short: setup ## the same path with few steps
+	@$(BIN)/recast demo --short $(DEMO_ARGS)
+
+lint: setup ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: setup ## put the code in shape
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean: ## remove .venv, caches and builds (data/ and runs/ stay)
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find recast_cli plugins tests -name __pycache__ -type d -prune -exec rm -rf {} +

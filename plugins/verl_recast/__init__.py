@@ -1,0 +1,69 @@
+"""The recast plugin for stock verl.
+
+`pip install verl-recast` makes verl import this package in every process (entry point group `verl.plugins`).
+Importing it only plants import hooks; each piece registers itself when verl imports the module it belongs to:
+
+- estimator `recast`            algorithm.adv_estimator=recast
+- trainer mode `recast`         trainer.v1.trainer_mode=recast
+- rollout engine `recast_sid`   actor_rollout_ref.rollout.name=recast_sid
+- platform `cpu`                environment variable VERL_PLATFORM=cpu
+
+A process that uses none of them is left as it was.
+"""
+
+from __future__ import annotations
+
+from verl_recast.import_hooks import after_import
+
+ROLLOUT_NAME = "recast_sid"
+
+
+def _register_estimator() -> None:
+    from verl_recast import estimator
+
+    estimator.register()
+
+
+def _register_trainer() -> None:
+    from verl_recast import trainer  # noqa: F401  (its class decorator registers it)
+
+
+def _register_replica() -> None:
+    from verl.workers.rollout.replica import RolloutReplicaRegistry
+
+    def load() -> type:
+        from verl_recast.rollout.replica import SIDReplica
+
+        return SIDReplica
+
+    RolloutReplicaRegistry.register(ROLLOUT_NAME, load)
+
+
+def _register_rollout() -> None:
+    # verl has no public registry for the worker side of a rollout engine (0.9.1).
+    from verl.workers.rollout import base
+
+    base._ROLLOUT_REGISTRY[(ROLLOUT_NAME, "async")] = "verl_recast.rollout.replica.SIDRolloutAdapter"
+
+
+def _register_platform() -> None:
+    from verl.plugin.platform import PlatformRegistry
+
+    from verl_recast.platform import cpu
+
+    if PlatformRegistry.get("cpu") is None:
+        PlatformRegistry.register(platform="cpu")(cpu.PlatformCPU)
+    if cpu.is_selected():
+        cpu.fix_process_group_backend()
+        after_import("verl.workers.engine", _register_engine)
+
+
+def _register_engine() -> None:
+    from verl_recast.platform import engine  # noqa: F401  (its class decorator registers it)
+
+
+after_import("verl.plugin.platform", _register_platform)
+after_import("verl.trainer.ppo.core_algos", _register_estimator)
+after_import("verl.trainer.ppo.v1.trainer_sync", _register_trainer)
+after_import("verl.workers.rollout.replica", _register_replica)
+after_import("verl.workers.rollout.base", _register_rollout)

@@ -1,0 +1,80 @@
+"""The catalogue as the plugin needs it: trie, token ids of codes, and the set of valid semantic IDs."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from recast_cli.artifacts import load_manifest
+from recast_cli.core.trie import Trie
+
+_CODE = re.compile(r"<s_([a-z])_(\d+)>")
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Items of one tokenizer artifact.
+
+    Attributes:
+        trie: The constraint.
+        level_offsets: Token id of code 0 of each level; code k of level l is token `level_offsets[l] + k`.
+        pad_token_id: Token for left padding.
+        members: Every semantic ID as a tuple of codes, read from the catalogue parquet and not from the
+            trie, so that counting invalid rollouts does not depend on the thing it checks.
+    """
+
+    trie: Trie
+    level_offsets: tuple[int, ...]
+    pad_token_id: int
+    members: frozenset[tuple[int, ...]]
+
+    @property
+    def num_levels(self) -> int:
+        return len(self.level_offsets)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Catalogue:
+        """Read a tokenizer artifact (`recast build-tokenizer`)."""
+        folder = Path(folder)
+        load_manifest(folder, "tokenizer")
+        vocabulary = json.loads((folder / "vocabulary.json").read_text(encoding="utf-8"))
+        sids = pl.read_parquet(folder / "semantic_ids.parquet", columns=["sid"])["sid"].to_list()
+        return cls(
+            trie=Trie.load(folder / "trie.npz"),
+            level_offsets=tuple(vocabulary["level_offsets"]),
+            pad_token_id=int(vocabulary["pad"]),
+            members=frozenset(parse_sids(sid)[0] for sid in sids),
+        )
+
+    def token_ids(self, codes: np.ndarray) -> np.ndarray:
+        """Codes (..., L) to token ids (..., L)."""
+        return codes + np.asarray(self.level_offsets)
+
+
+def parse_sids(text: str) -> list[tuple[int, ...]]:
+    """Every semantic ID in a text, in order, as tuples of codes.
+
+    A semantic ID is a run of code tokens of levels a, b, c, ... in order and without anything between them; a
+    run that starts elsewhere or breaks off is read as far as it goes and left out by whoever checks its
+    length.
+    """
+    found: list[tuple[int, ...]] = []
+    run: list[int] = []
+    end = -1
+    for match in _CODE.finditer(text):
+        level = ord(match[1]) - ord("a")
+        if level == len(run) and (not run or match.start() == end):
+            run.append(int(match[2]))
+        else:
+            if run:
+                found.append(tuple(run))
+            run = [int(match[2])] if level == 0 else []
+        end = match.end()
+    if run:
+        found.append(tuple(run))
+    return found

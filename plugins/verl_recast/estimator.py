@@ -1,0 +1,42 @@
+"""Advantage estimator `recast`: +w for the positive, -w for the negative of a group, nothing else.
+
+Selection has already happened when verl calls it: the trainer hook leaves each group its pair {i+, i-}.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from verl_recast.settings import RecastSettings
+
+NAME = "recast"
+
+
+def recast_advantage(
+    token_level_rewards: torch.Tensor, response_mask: torch.Tensor, config: Any = None, **_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give +w (reward > 0) or -w in full to every response token (ReCast, arXiv 2604.22169).
+
+    Args:
+        token_level_rewards: Shape (N, T); the task reward sits on one token of each row.
+        response_mask: Shape (N, T), 1 where a token counts.
+        config: verl's `algorithm` section; `algorithm.recast` holds the weights.
+
+    Returns:
+        Advantages and returns, both of shape (N, T), zero where the mask is zero.
+    """
+    settings = RecastSettings.from_algorithm(config)
+    hit_N = token_level_rewards.sum(dim=-1) > 0
+    advantage_N = torch.where(hit_N, settings.w_positive, -settings.w_negative).to(token_level_rewards.dtype)
+    advantages = advantage_N[:, None] * response_mask
+    return advantages, advantages
+
+
+def register() -> None:
+    """Register with verl; safe to call twice (verl refuses a second function under one name)."""
+    from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, register_adv_est
+
+    if NAME not in ADV_ESTIMATOR_REGISTRY:
+        register_adv_est(NAME)(recast_advantage)

@@ -1,0 +1,179 @@
+"""Between verl's TransferQueue rows and the arrays of the numeric core."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import transfer_queue as tq
+from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The rollouts of a step, sorted by row index, then rollout number; `present_BG` is False where one is
+    missing.
+
+    Attributes:
+        rows_BG: Position of each rollout in the batch's keys.
+        index_B: The prompt's `extra_info.index`.
+        tokens_BGL: Response token ids, -1 padded; L is the target's length.
+        targets: Per prompt, the target's semantic-ID texts.
+    """
+
+    rows_BG: np.ndarray
+    index_B: np.ndarray
+    present_BG: np.ndarray
+    valid_BG: np.ndarray
+    rewards_BG: np.ndarray
+    scores_BG: np.ndarray
+    tokens_BGL: np.ndarray
+    targets: list[list[str]]
+
+
+def _texts(ground_truth: Any) -> list[str]:
+    return [ground_truth] if isinstance(ground_truth, str) else list(ground_truth)
+
+
+def _group_rows(keys: list[str], index_N: np.ndarray) -> list[list[int]]:
+    """Row numbers of each group in the order (index, uid), each sorted by rollout number.
+
+    Keys are `{uid}_{session}_{output}` and arrive in arrival order, groups interleaved.
+    """
+    groups: dict[str, list[tuple[int, int]]] = {}
+    for row, key in enumerate(keys):
+        uid, session, _ = key.rsplit("_", 2)
+        groups.setdefault(uid, []).append((int(session), row))
+    ordered = sorted(groups.items(), key=lambda item: (int(index_N[item[1][0][1]]), item[0]))
+    return [[row for _, row in sorted(members)] for _, members in ordered]
+
+
+def gather_groups(batch: KVBatchMeta) -> Groups:
+    """Read reward, response and target of every rollout of a step.
+
+    Raises:
+        RuntimeError: no rollout arrived (the rollout server failed; its log says why).
+    """
+    if len(batch) == 0:
+        raise RuntimeError("no rollout arrived: the rollout server or agent loop failed, see its log above")
+    names = ["rm_scores", "responses", "reward_model", "extra_fields", "index"]
+    data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
+    responses = [response.tolist() for response in data["responses"].unbind()]
+    rewards_N = np.array([float(scores.sum()) for scores in data["rm_scores"].unbind()])
+    infos = [fields.get("reward_extra_info", {}) for fields in _plain(data["extra_fields"])]
+    index_N = np.array([int(index) for index in _plain(data["index"])])
+    members = _group_rows(batch.keys, index_N)
+
+    num_groups, width = len(members), max(len(rows) for rows in members)
+    length = max(len(response) for response in responses)
+    rows_BG = np.full((num_groups, width), -1, dtype=np.int64)
+    tokens_BGL = np.full((num_groups, width, length), -1, dtype=np.int64)
+    for b, rows in enumerate(members):
+        rows_BG[b, : len(rows)] = rows
+        for g, row in enumerate(rows):
+            tokens_BGL[b, g, : len(responses[row])] = responses[row]
+    present_BG = rows_BG >= 0
+
+    def spread(values_N: np.ndarray) -> np.ndarray:
+        return np.where(present_BG, values_N[rows_BG], 0)
+
+    ground_truths = [entry["ground_truth"] for entry in _plain(data["reward_model"])]
+    return Groups(
+        rows_BG=rows_BG,
+        index_B=index_N[rows_BG[:, 0]],
+        present_BG=present_BG,
+        valid_BG=spread(np.array([info.get("valid", 1.0) > 0 for info in infos])).astype(bool),
+        rewards_BG=spread(rewards_N),
+        scores_BG=spread(np.array([float(info["structural_score"]) for info in infos])),
+        tokens_BGL=tokens_BGL,
+        targets=[_texts(ground_truths[rows[0]]) for rows in members],
+    )
+
+
+def _plain(column: Any) -> list[Any]:
+    return column.tolist() if hasattr(column, "tolist") else list(column)
+
+
+def anchor_fields(
+    batch: KVBatchMeta, rows: list[int], targets: list[str], tokenizer: Any
+) -> tuple[TensorDict, list[dict[str, Any]]]:
+    """Fields and tags that turn rollouts into anchors: the target's codes as the response, reward 1.
+
+    No sampling log-prob is imported for an anchor: its old log-prob is computed by the actor like any
+    other's.
+    """
+    keys = [batch.keys[row] for row in rows]
+    data = tq.kv_batch_get(
+        keys=keys, partition_id=batch.partition_id, select_fields=["prompts", "extra_fields"]
+    )
+    extra_fields = _plain(data["extra_fields"])
+    records, tags = [], []
+    for i, (prompt, target, row) in enumerate(zip(data["prompts"].unbind(), targets, rows, strict=True)):
+        response = torch.tensor(tokenizer(target, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+        mask = torch.ones_like(response)
+        scores = torch.zeros(len(response), dtype=torch.float32)
+        scores[-1] = 1.0
+        length = len(prompt) + len(response)
+        info = {"hit": 1.0, "structural_score": 1.0, "valid": 1.0}
+        records.append(
+            {
+                "responses": response,
+                "response_mask": mask,
+                "loss_mask": mask,
+                "input_ids": torch.cat([prompt, response]),
+                "position_ids": torch.arange(length),
+                "rm_scores": scores,
+                "extra_fields": {**extra_fields[i], "reward_extra_info": info, "producer": "anchor"},
+            }
+        )
+        tags.append(
+            {**batch.tags[row], "response_len": len(response), "seq_len": length, "producer": "anchor"}
+        )
+    return list_of_dict_to_tensordict(records), tags
+
+
+def minibatch_order(
+    groups: list[int], num_groups: int, minibatch_prompts: int, kept_per_group: int, dp_size: int
+) -> tuple[list[int], int]:
+    """Where each kept row goes, so that every PPO mini-batch holds the rows of its own prompts.
+
+    Prompts are cut into mini-batches first; inside one, skipped groups leave holes that masked padding rows
+    fill. Rows are laid out rank-major: the dispatcher gives rank k the k-th contiguous block, whose i-th
+    slice is its share of mini-batch i.
+
+    Args:
+        groups: Numbers (0..num_groups-1, ascending) of the groups that kept rows, `kept_per_group` each.
+        num_groups: Prompts of the step.
+        minibatch_prompts: Prompts of a PPO mini-batch.
+        kept_per_group: Rows kept of each trainable group.
+        dp_size: Data-parallel ranks.
+
+    Returns:
+        A permutation of the kept rows followed by the padding rows, and how many padding rows it counts on.
+    """
+    num_minibatches = math.ceil(num_groups / minibatch_prompts)
+    size = minibatch_prompts * kept_per_group
+    if size % dp_size:
+        raise ValueError(
+            f"a mini-batch keeps {size} rows, which {dp_size} data-parallel ranks cannot share: "
+            f"set actor.ppo_mini_batch_size to a multiple of {dp_size}"
+        )
+    slots: list[list[int]] = [[] for _ in range(num_minibatches)]
+    for place, group in enumerate(groups):
+        slots[group // minibatch_prompts] += range(place * kept_per_group, (place + 1) * kept_per_group)
+    used = [rows for rows in slots if rows]  # a mini-batch without any signal is no update at all
+    next_padding = len(groups) * kept_per_group
+    for rows in used:
+        missing = size - len(rows)
+        rows += range(next_padding, next_padding + missing)
+        next_padding += missing
+    share = size // dp_size
+    order = [
+        row for rank in range(dp_size) for rows in used for row in rows[rank * share : (rank + 1) * share]
+    ]
+    return order, next_padding - len(groups) * kept_per_group

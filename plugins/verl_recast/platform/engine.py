@@ -1,0 +1,38 @@
+"""verl's FSDP engine on the CPU platform.
+
+One rank runs the plain module: FSDP1 cannot run there (it insists on an accelerator for its state sync) and
+FSDP2's reference model wants pinned memory. More ranks use FSDP2 over gloo, verl's own code path.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from verl.utils.torch_dtypes import PrecisionType
+from verl.workers.engine.base import EngineRegistry
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+from verl_recast.platform import measure
+
+
+@EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cpu")
+class CPUEngine(FSDPEngineWithLMHead):
+    """FSDPEngineWithLMHead without the wrap when there is nothing to shard."""
+
+    def _build_fsdp_module(self, module: torch.nn.Module) -> torch.nn.Module:
+        if torch.distributed.get_world_size() > 1:
+            return super()._build_fsdp_module(module)
+        precision = self.engine_config.mixed_precision or {}
+        self._autocast_dtype = PrecisionType.to_dtype(precision.get("param_dtype", "fp32"))
+        self.scaler = None
+        return module
+
+    def forward_backward_batch(self, data: Any, loss_function: Any, forward_only: bool = False) -> Any:
+        phase = measure.phase_name(reference=self.engine_config.forward_only, forward_only=forward_only)
+        with measure.phase(phase, self, data):
+            return super().forward_backward_batch(data, loss_function, forward_only)
+
+    def optimizer_step(self) -> float:
+        with measure.phase("optimizer", self, None):
+            return super().optimizer_step()

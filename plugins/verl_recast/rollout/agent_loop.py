@@ -1,0 +1,198 @@
+"""Agent loop that rolls out whole groups: one request per batch of prompts, scored from ids, stored in one
+write.
+
+Name it with
+`+actor_rollout_ref.rollout.agent.agent_loop_manager_class=verl_recast.rollout.agent_loop.GroupLoopManager`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import transfer_queue as tq
+from tensordict import NonTensorData, NonTensorStack, TensorDict
+from verl.experimental.agent_loop import AgentLoopWorker
+from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+
+from recast_cli.core.scoring import score_rollouts
+from verl_recast.catalogue import Catalogue, parse_sids
+from verl_recast.settings import RecastSettings
+
+logger = logging.getLogger(__name__)
+
+# What later phases read of a dataset row; the messages of the prompt are not among it.
+DATASET_FIELDS = ("uid", "index", "data_source", "reward_model", "extra_info")
+
+
+@ray.remote
+class GroupLoopWorker(AgentLoopWorker):
+    """Rolls out and scores the groups of a chunk of prompts."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        tq.init()
+        self.catalogue = Catalogue.load((self.rollout_config.custom or {})["tokenizer"])
+        self.seed = RecastSettings.from_algorithm(self.config.algorithm).seed
+        self.background_tasks: set[asyncio.Task] = set()
+
+    async def generate_sequences(self, batch: TensorDict) -> None:  # type: ignore[override]
+        """Start the rollouts of a batch and return; results arrive in the TransferQueue."""
+        task = asyncio.create_task(self._run_batch(_rows(batch)))
+        self.background_tasks.add(task)
+        task.add_done_callback(self.background_tasks.discard)
+
+    async def _run_batch(self, rows: list[dict[str, Any]]) -> None:
+        validate = bool(rows[0].pop("validate", False))
+        partition = "val" if validate else "train"
+        uids = [row["uid"] for row in rows]
+        try:
+            await self._roll_out(rows, validate=validate, partition=partition)
+            status = "finished"
+        except Exception:
+            logger.exception("rollout of %d prompts failed", len(rows))
+            status = "failure"
+        tag = {"is_prompt": True, "status": status, "global_steps": int(rows[0]["global_steps"])}
+        await tq.async_kv_batch_put(keys=uids, partition_id=partition, tags=[tag] * len(uids))
+
+    async def _roll_out(self, rows: list[dict[str, Any]], *, validate: bool, partition: str) -> None:
+        config = self.rollout_config
+        num_rollouts = config.val_kwargs.n if validate else config.n
+        prompts = [self._encode(row["raw_prompt"]) for row in rows]
+        server_id, server = await self.llm_client._acquire_server(str(rows[0]["uid"]))
+        try:
+            out = await server.generate_groups.remote(
+                prompts,
+                [int(row["index"]) for row in rows],
+                num_rollouts,
+                step=int(rows[0]["global_steps"]),
+                seed=self.seed,
+                temperature=float(config.val_kwargs.temperature if validate else config.temperature),
+            )
+        finally:
+            self.llm_client._release_server(server_id, str(rows[0]["uid"]))
+        keys, fields, tags = self._records(rows, prompts, out)
+        await tq.async_kv_batch_put(
+            keys=keys, fields=list_of_dict_to_tensordict(fields), tags=tags, partition_id=partition
+        )
+
+    def _encode(self, messages: Any) -> list[int]:
+        """Prompt token ids; never silently truncated, since a cut prompt no longer starts with an item."""
+        text = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) > self.rollout_config.prompt_length:
+            raise ValueError(
+                f"prompt has {len(ids)} tokens, actor_rollout_ref.rollout.prompt_length is "
+                f"{self.rollout_config.prompt_length}"
+            )
+        return ids
+
+    def _score(
+        self, rows: list[dict[str, Any]], codes_BGL: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Hit, structural score and validity (membership in the catalogue) of every rollout, each (B, G)."""
+        targets = [_targets(row["reward_model"]["ground_truth"]) for row in rows]
+        most = max(len(target) for target in targets)
+        targets_BTL = np.full((len(rows), most, self.catalogue.num_levels), -1, dtype=np.int64)
+        mask_BT = np.zeros((len(rows), most), dtype=bool)
+        for b, target in enumerate(targets):
+            targets_BTL[b, : len(target)] = target
+            mask_BT[b, : len(target)] = True
+        members = self.catalogue.members
+        valid_BG = np.array([[tuple(sid) in members for sid in group] for group in codes_BGL.tolist()])
+        hits_BG, scores_BG = score_rollouts(codes_BGL, targets_BTL, mask_BT, valid_BG)
+        return hits_BG, scores_BG, valid_BG
+
+    def _records(
+        self, rows: list[dict[str, Any]], prompts: list[list[int]], out: dict[str, Any]
+    ) -> tuple[list[str], list[dict[str, Any]], list[dict[str, Any]]]:
+        """TransferQueue keys, fields and tags of every rollout; a missing beam (-1) leaves no record."""
+        codes_BGL, log_probs_BGL = out["codes_BGL"], out["log_probs_BGL"]
+        hits_BG, scores_BG, valid_BG = self._score(rows, codes_BGL)
+        tokens_BGL = torch.from_numpy(self.catalogue.token_ids(codes_BGL))
+        keys, fields, tags = [], [], []
+        for b, g in np.argwhere((codes_BGL >= 0).all(axis=-1)).tolist():
+            info = {"hit": hits_BG[b, g], "structural_score": scores_BG[b, g], "valid": valid_BG[b, g]}
+            record = _record(rows[b], prompts[b], tokens_BGL[b, g], info, out["global_steps"])
+            record["session_id"] = g
+            if self.rollout_config.calculate_log_probs:
+                record["rollout_log_probs"] = torch.from_numpy(log_probs_BGL[b, g]).float()
+            keys.append(f"{rows[b]['uid']}_{g}_0")
+            fields.append(record)
+            tags.append(_tag(record, int(rows[b]["global_steps"]), out["global_steps"]))
+        return keys, fields, tags
+
+
+def _record(
+    row: dict[str, Any], prompt: list[int], response: torch.Tensor, info: dict[str, Any], weights_step: int
+) -> dict[str, Any]:
+    """The fields of one rollout, as verl's own agent loop writes them; the reward sits on the last token."""
+    prompt_ids = torch.tensor(prompt, dtype=torch.int64)
+    input_ids = torch.cat([prompt_ids, response])
+    mask = torch.ones_like(response)
+    scores = torch.zeros(len(response), dtype=torch.float32)
+    scores[-1] = float(info["hit"])
+    steps = dict.fromkeys(("global_steps", "min_global_steps", "max_global_steps"), weights_step)
+    fields: dict[str, Any] = {name: row[name] for name in DATASET_FIELDS if name in row}
+    fields |= {
+        "prompts": prompt_ids,
+        "responses": response,
+        "response_mask": mask,
+        "loss_mask": mask,
+        "input_ids": input_ids,
+        "position_ids": torch.arange(len(input_ids)),
+        "rm_scores": scores,
+        "num_turns": 2,
+        "extra_fields": {
+            "reward_extra_info": {name: float(value) for name, value in info.items()},
+            "producer": "rollout",
+            **steps,
+        },
+    }
+    return fields
+
+
+def _tag(record: dict[str, Any], step: int, weights_step: int) -> dict[str, Any]:
+    """What verl's replay buffer and metrics read without fetching the record."""
+    prompt_len, response_len = len(record["prompts"]), len(record["responses"])
+    return {
+        "status": "success",
+        "prompt_len": prompt_len,
+        "response_len": response_len,
+        "seq_len": prompt_len + response_len,
+        "global_steps": step,
+        "min_global_steps": weights_step,
+        "max_global_steps": weights_step,
+    }
+
+
+class GroupLoopManager(AgentLoopManagerTQ):
+    """verl's manager with our worker."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.agent_loop_workers_class = GroupLoopWorker  # type: ignore[assignment]
+
+
+def _targets(ground_truth: Any) -> list[tuple[int, ...]]:
+    texts = [ground_truth] if isinstance(ground_truth, str) else list(ground_truth)
+    targets = [sid for text in texts for sid in parse_sids(text)]
+    if not targets:
+        raise ValueError(f"reward_model.ground_truth holds no semantic ID: {ground_truth!r}")
+    return targets
+
+
+def _rows(batch: TensorDict) -> list[dict[str, Any]]:
+    """One plain dict per prompt of a batch as verl's trainer sends it."""
+
+    def value(stored: Any, i: int) -> Any:
+        if isinstance(stored, NonTensorStack):
+            return stored[i].data
+        return stored.data if isinstance(stored, NonTensorData) else stored[i]
+
+    return [{name: value(batch.get(name), i) for name in batch.keys()} for i in range(len(batch))]  # noqa: SIM118

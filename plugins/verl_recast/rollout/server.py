@@ -1,0 +1,166 @@
+"""Rollout server: holds the policy and the trie, answers with semantic IDs. Runs as one Ray actor per
+replica."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from verl.utils.torch_dtypes import PrecisionType
+from verl.workers.rollout.replica import TokenOutput
+
+from recast_cli.core import decoding
+from recast_cli.core.seeding import hash64, uniforms
+from verl_recast.catalogue import Catalogue
+
+
+class SIDServer:
+    """Generates groups of semantic IDs; the prompt is prefilled once and its KV shared by the group.
+
+    Args:
+        config: verl's rollout config; `custom.tokenizer` names the tokenizer artifact.
+        model_config: verl's model config.
+        device: "cuda" or "cpu".
+    """
+
+    def __init__(self, config: Any, model_config: Any, device: str) -> None:
+        from transformers import AutoModelForCausalLM
+
+        threads = int(os.environ.get("RECAST_THREADS", "0"))
+        if threads:
+            torch.set_num_threads(threads)
+        self.config = config
+        self.device = torch.device(device)
+        self.catalogue = Catalogue.load(config.custom["tokenizer"])
+        model = AutoModelForCausalLM.from_config(
+            model_config.hf_config, dtype=PrecisionType.to_dtype(config.dtype), attn_implementation="sdpa"
+        )
+        self.model = model.to(self.device).eval()
+        self.token_budget = int(config.custom.get("token_budget", decoding.TOKEN_BUDGET))
+        self.global_steps: int | None = None  # None until the first weights arrive
+
+    # -- generation --------------------------------------------------------------------------------------
+
+    async def generate_groups(
+        self,
+        prompts: list[list[int]],
+        index_B: list[int],
+        num_rollouts: int,
+        *,
+        step: int,
+        seed: int,
+        temperature: float,
+    ) -> dict[str, Any]:
+        """A group of answers for every prompt.
+
+        Args:
+            prompts: Token ids of B prompts, each ending with `<|sid_begin|>`.
+            index_B: Row indices; with `seed` and `step` they seed the draws, so arrival order does not
+                matter.
+            num_rollouts: G.
+            temperature: 0 asks for the G best beams in descending order instead of samples.
+
+        Returns:
+            `codes_BGL` (-1 where a beam is missing), `log_probs_BGL` (full vocabulary), `global_steps`.
+        """
+        if self.global_steps is None:
+            raise RuntimeError("the rollout server has no weights yet")
+        catalogue = self.catalogue
+        common: dict[str, Any] = {"pad_token_id": catalogue.pad_token_id, "token_budget": self.token_budget}
+        if temperature == 0:
+            beams = decoding.beam_search(
+                self.model, catalogue.trie, catalogue.level_offsets, prompts, num_rollouts, **common
+            )
+            log_probs_BGL = np.full((*beams.scores_BW.shape, catalogue.num_levels), np.nan, dtype=np.float32)
+            return {
+                "codes_BGL": _numpy(beams.codes_BWL),
+                "log_probs_BGL": log_probs_BGL,
+                "global_steps": self.global_steps,
+            }
+        draws_BGL = uniforms(seed, step, np.asarray(index_B), num_rollouts, catalogue.num_levels)
+        samples = decoding.sample(
+            self.model,
+            catalogue.trie,
+            catalogue.level_offsets,
+            prompts,
+            torch.from_numpy(draws_BGL),
+            temperature=temperature,
+            **common,
+        )
+        return {
+            "codes_BGL": _numpy(samples.codes_BGL),
+            "log_probs_BGL": _numpy(samples.log_probs_BGL),
+            "global_steps": self.global_steps,
+        }
+
+    async def generate(
+        self, request_id: str, *, prompt_ids: list[int], sampling_params: dict[str, Any], **_: Any
+    ) -> TokenOutput:
+        """verl's one-answer interface, for stock agent loops; seeded by the request id."""
+        digest = int(hash64(*request_id.encode()).item()) >> 1
+        seed = sampling_params.get("seed")
+        out = await self.generate_groups(
+            [list(prompt_ids)],
+            [digest],
+            1,
+            step=self.global_steps or 0,
+            seed=self.config.seed if seed is None else seed,
+            temperature=float(sampling_params.get("temperature", 1.0)),
+        )
+        codes = out["codes_BGL"][0, 0]
+        log_probs = out["log_probs_BGL"][0, 0].tolist()
+        return TokenOutput(
+            token_ids=self.catalogue.token_ids(codes).tolist(),
+            log_probs=None if np.isnan(log_probs).any() else log_probs,
+            stop_reason="completed",
+            extra_fields={"global_steps": out["global_steps"]},
+        )
+
+    # -- weights -----------------------------------------------------------------------------------------
+
+    def update_weights(self, weights: dict[str, torch.Tensor], global_steps: int | None, last: bool) -> None:
+        """Load one bucket of named tensors; the step counts once the last one is in."""
+        state = self.model.state_dict()
+        unknown = [name for name in weights if name not in state]
+        if unknown:
+            raise KeyError(f"rollout model has no parameter {unknown[0]!r}")
+        with torch.no_grad():
+            for name, tensor in weights.items():
+                state[name].copy_(tensor)
+        if last:
+            self.global_steps = -1 if global_steps is None else global_steps
+
+    # -- life cycle: verl calls these; there is no cache to free between calls ---------------------------
+
+    async def wake_up(self, **_: Any) -> None:
+        return None
+
+    async def sleep(self, **_: Any) -> None:
+        return None
+
+    async def clear_kv_cache(self) -> None:
+        return None
+
+    async def release_kv_cache(self) -> None:
+        return None
+
+    async def resume_kv_cache(self) -> None:
+        return None
+
+    async def abort_all_requests(self, reject_request: bool = False) -> dict[str, Any]:
+        return {"aborted_count": 0, "request_ids": []}
+
+    async def resume_generation(self) -> None:
+        return None
+
+    async def start_profile(self, **_: Any) -> None:
+        return None
+
+    async def stop_profile(self) -> None:
+        return None
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().cpu().numpy()

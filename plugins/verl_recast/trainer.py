@@ -1,0 +1,229 @@
+"""Trainer mode `recast`: verl's synchronous trainer with repair, contrast and the physical drop.
+
+The hook sits between reward and old log-probs (`_balance_batch`), so that old log-probs, reference
+log-probs and the actor update see two rows per group instead of G.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import transfer_queue as tq
+from omegaconf import open_dict
+from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
+from verl.trainer.ppo.v1.trainer_base import register_trainer
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils.debug import marked_timer
+from verl.utils.metric import reduce_metrics
+from verl.utils.py_functional import rename_dict
+
+from recast_cli.core.contrast import Selection, select_pairs
+from recast_cli.core.seeding import tie_keys
+from recast_cli.core.signal import group_statistics
+from verl_recast import estimator
+from verl_recast.groups import Groups, anchor_fields, gather_groups, minibatch_order
+from verl_recast.settings import RecastSettings
+
+logger = logging.getLogger(__name__)
+
+KEPT_PER_GROUP = 2
+
+
+def check_config(config: Any) -> None:
+    """Refuse, before any worker starts, settings under which the method would silently be something else.
+
+    Raises:
+        ValueError: naming the option, the value found and the value needed.
+    """
+    algorithm, actor = config.algorithm, config.actor_rollout_ref.actor
+
+    def require(ok: bool, name: str, found: Any, needed: str) -> None:
+        if not ok:
+            raise ValueError(f"trainer_mode=recast: {name} is {found}, needs {needed}")
+
+    require(
+        algorithm.adv_estimator == estimator.NAME,
+        "algorithm.adv_estimator",
+        algorithm.adv_estimator,
+        estimator.NAME,
+    )
+    require(
+        not algorithm.use_kl_in_reward, "algorithm.use_kl_in_reward", True, "False (use actor.use_kl_loss)"
+    )
+    filtered = bool(algorithm.get("filter_groups") and algorithm.filter_groups.enable)
+    require(
+        not filtered, "algorithm.filter_groups.enable", True, "False (it evicts the groups that repair mends)"
+    )
+    correction = algorithm.get("rollout_correction") or {}
+    require(
+        not correction.get("bypass_mode", False),
+        "algorithm.rollout_correction.bypass_mode",
+        True,
+        "False (anchors have no sampling log-prob)",
+    )
+    for name in ("rollout_is", "rollout_rs"):
+        found = correction.get(name)
+        require(
+            found is None, f"algorithm.rollout_correction.{name}", found, "null (anchors were not sampled)"
+        )
+    require(
+        config.actor_rollout_ref.rollout.n >= 2, "rollout.n", config.actor_rollout_ref.rollout.n, "at least 2"
+    )
+    prompts, batch = actor.ppo_mini_batch_size, config.data.train_batch_size
+    require(
+        batch % prompts == 0, "data.train_batch_size", batch, f"a multiple of ppo_mini_batch_size={prompts}"
+    )
+    require(not actor.shuffle, "actor.shuffle", True, "False (mini-batches are laid out by prompt)")
+    RecastSettings.from_algorithm(algorithm)
+
+
+@register_trainer("recast")
+class PPOTrainerRecast(PPOTrainerSync):
+    """PPOTrainerSync whose actor sees the strongest positive and the hardest negative of each group."""
+
+    def __init__(self, config: Any) -> None:
+        check_config(config)
+        with open_dict(config):
+            config.trainer.v1.trainer_mode = "sync"  # any other name takes verl's async buffer paths
+        super().__init__(config)
+        self.settings = RecastSettings.from_algorithm(config.algorithm)
+        self.no_signal = False
+
+    def _get_required_batch_multiple(self, dp_size: int) -> int:
+        return dp_size
+
+    def _dp_size(self) -> int:
+        worker_group = self.actor_rollout_wg
+        if "actor" not in worker_group._dispatch_info:
+            worker_group._dispatch_info["actor"] = worker_group._query_dispatch_info("actor")
+        return max(worker_group._dispatch_info["actor"]) + 1
+
+    def _balance_batch(self, batch: KVBatchMeta, metrics: dict, *_: Any, **__: Any) -> KVBatchMeta:
+        with marked_timer("recast_hook", self.timing_raw):
+            return self._select(batch, metrics)
+
+    def _select(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        """Repair, contrast and drop; returns the kept rows laid out in PPO mini-batches."""
+        groups = gather_groups(batch)
+        keys_BG = tie_keys(self.settings.seed, self.global_steps, groups.index_B, groups.present_BG.shape[1])
+        selection = select_pairs(
+            groups.rewards_BG,
+            groups.scores_BG,
+            keys_BG,
+            present_BG=groups.present_BG,
+            valid_BG=groups.valid_BG,
+        )
+        metrics.update(_signal_metrics(groups, selection, batch))
+        self._put_anchors(batch, groups, selection)
+
+        trainable = np.flatnonzero(selection.trainable_B)
+        self.no_signal = len(trainable) == 0
+        if self.no_signal:
+            # verl's bookkeeping needs rows: forward one pair, with advantages set to zero further down.
+            logger.warning("step %d: no group has both a positive and a negative", self.global_steps)
+            rows_B2 = {0: [groups.rows_BG[0, 0], groups.rows_BG[0, 1]]}
+        else:
+            rows_B2 = {
+                int(b): [
+                    groups.rows_BG[b, selection.positive_B[b]],
+                    groups.rows_BG[b, selection.negative_B[b]],
+                ]
+                for b in trainable
+            }
+        return self._keep(batch, rows_B2, len(groups.index_B), metrics)
+
+    def _put_anchors(self, batch: KVBatchMeta, groups: Groups, selection: Selection) -> None:
+        """Overwrite the rollout that each anchor replaces, in place: same key, same group size."""
+        repaired = np.flatnonzero(selection.anchor_B >= 0)
+        if len(repaired) == 0:
+            return
+        rows = [int(groups.rows_BG[b, selection.anchor_B[b]]) for b in repaired]
+        fields, tags = anchor_fields(batch, rows, [groups.targets[b][0] for b in repaired], self.tokenizer)
+        tq.kv_batch_put(
+            keys=[batch.keys[row] for row in rows], partition_id=batch.partition_id, fields=fields, tags=tags
+        )
+        for row, tag in zip(rows, tags, strict=True):
+            batch.tags[row] = tag
+
+    def _keep(
+        self, batch: KVBatchMeta, rows_B2: dict[int, list[int]], num_groups: int, metrics: dict
+    ) -> KVBatchMeta:
+        """Clear everything that is not kept from the TransferQueue and lay out the rest."""
+        rows = [int(row) for pair in rows_B2.values() for row in pair]
+        kept = set(rows)
+        dropped = [key for i, key in enumerate(batch.keys) if i not in kept]
+        if dropped:
+            tq.kv_clear(
+                keys=dropped, partition_id=batch.partition_id
+            )  # what stays would leak for the whole run
+        small = KVBatchMeta(
+            partition_id=batch.partition_id,
+            keys=[batch.keys[row] for row in rows],
+            tags=[batch.tags[row] for row in rows],
+            extra_info=batch.extra_info,
+        )
+        minibatch_prompts = self.config.actor_rollout_ref.actor.ppo_mini_batch_size
+        order, num_padding = minibatch_order(
+            list(rows_B2), num_groups, minibatch_prompts, KEPT_PER_GROUP, self._dp_size()
+        )
+        if num_padding:
+            small = upsample_batch_to_divisible_size(
+                small, len(rows) + num_padding, self.tokenizer.eos_token_id
+            )
+        small.reorder(order)
+        metrics["signal/kept_samples"] = len(rows)
+        metrics["signal/padding_samples"] = num_padding
+        metrics["signal/kept_tokens"] = int(np.sum([batch.tags[row]["seq_len"] for row in rows]))
+        return small
+
+    def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        batch = super()._compute_advantage(batch, metrics)
+        if self.no_signal:
+            data = tq.kv_batch_get(batch.keys, batch.partition_id, select_fields=["advantages", "returns"])
+            zeros = TensorDict(
+                {name: data[name] * 0 for name in ("advantages", "returns")}, batch_size=len(batch)
+            )
+            batch = tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=zeros)
+        return batch
+
+    def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        """One call with one size: the kept rows of a mini-batch of prompts.
+
+        `global_batch_size` stays at the full group size, so that `seq-mean-*` losses of the reduced
+        mini-batch equal those of the full one with zero advantages.
+        """
+        actor = self.config.actor_rollout_ref.actor
+        batch.extra_info.update(
+            {
+                "calculate_entropy": bool(actor.calculate_entropy or actor.entropy_coeff != 0.0),
+                "distillation_use_topk": False,
+                "distillation_only": False,
+                "global_batch_size": actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n,
+                "mini_batch_size": actor.ppo_mini_batch_size * KEPT_PER_GROUP,
+                "epochs": actor.ppo_epochs,
+                "seed": actor.data_loader_seed,
+                "dataloader_kwargs": {"shuffle": False},
+                "temperature": self.config.actor_rollout_ref.rollout.temperature,
+            }
+        )
+        output = rename_dict(self.actor_rollout_wg.update_actor(batch)["metrics"], "actor/")
+        output["perf/mfu/actor"] = output.pop("actor/mfu")
+        metrics.update(reduce_metrics(output))
+        return batch
+
+
+def _signal_metrics(groups: Groups, selection: Selection, batch: KVBatchMeta) -> dict[str, float]:
+    """Statistics of the full groups, and what repair left of the empty ones."""
+    statistics = group_statistics(groups.rewards_BG, groups.scores_BG, groups.tokens_BGL, groups.valid_BG)
+    repaired_B = selection.anchor_B >= 0
+    return {f"signal/{name}": value for name, value in statistics.items()} | {
+        "signal/all_zero_after_repair": float((selection.all_zero_B & ~repaired_B).mean()),
+        "signal/repaired_groups": int(repaired_B.sum()),
+        "signal/skipped_groups": int((~selection.trainable_B).sum()),
+        "signal/rollouts": len(batch),
+        "signal/rollout_tokens": int(np.sum([tag["seq_len"] for tag in batch.tags])),
+    }

@@ -1,0 +1,208 @@
+"""Artifacts: folders that stages hand to each other, each with a manifest, each written all or nothing.
+
+A stage never imports another stage. It reads its parent's folder through `load_manifest`, which refuses a
+folder of the wrong kind or format, and `require_parent`, which refuses one built from something else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from recast_cli import __version__
+from recast_cli.errors import ArtifactError, EnvironmentFault, RecastError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+NEXT_TO_NOTHING = 1 << 16  # bytes: less than any file of ours whose write can fail short
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file, read in 1 MiB blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _fsync_dir(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def atomic_dir(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a scratch folder that becomes `target` on success and vanishes on failure.
+
+    An interrupted command leaves either the old folder or none: files are synced, then the scratch folder
+    is renamed. With `replace`, the old folder is moved aside first and removed last.
+
+    Raises:
+        ArtifactError: `target` exists and `replace` is False.
+        EnvironmentFault: the disk is full or not writable.
+    """
+    target = Path(target)
+    if target.exists() and not replace and any(target.iterdir() if target.is_dir() else [target]):
+        raise ArtifactError(
+            f"{target} already exists and is not empty", "choose another --out or pass --overwrite"
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as exc:
+        raise EnvironmentFault(
+            f"cannot write in {target.parent}: {exc.strerror}", "choose another --out"
+        ) from exc
+    try:
+        yield scratch
+        for path in scratch.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        scratch.chmod(0o755)  # mkdtemp makes it private
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+            os.rename(target, old / "old")
+            os.rename(scratch, target)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(scratch, target)
+        _fsync_dir(target.parent)
+    except Exception as exc:
+        if _disk_full(exc, scratch):
+            raise EnvironmentFault(
+                f"no space left on the disk of {target.parent}", "free some space and rerun"
+            ) from exc
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _disk_full(exc: Exception, folder: Path) -> bool:
+    """Whether a failed write met a full disk.
+
+    Only some libraries say so with an errno: polars and safetensors have it in their text, while numpy, torch
+    and faiss just report a short write, which leaves next to nothing free.
+    """
+    if isinstance(exc, RecastError):
+        return False
+    if getattr(exc, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(exc):
+        return True
+    return isinstance(exc, OSError | RuntimeError) and shutil.disk_usage(folder).free < NEXT_TO_NOTHING
+
+
+def atomic_text(path: Path, text: str) -> None:
+    """Write a small text file all or nothing (temporary name, fsync, rename)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(fd, "w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.chmod(scratch, 0o644)
+        os.replace(scratch, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(scratch)
+        raise
+
+
+def write_manifest(
+    folder: Path, kind: str, *, parents: dict[str, str] | None = None, **facts: Any
+) -> dict[str, Any]:
+    """Write `manifest.json` over every file now in `folder` and return it.
+
+    Args:
+        folder: The scratch folder of an artifact, complete but for its manifest.
+        kind: `dataset`, `tokenizer`, `run`, ...
+        parents: kind -> identity (see `identity`) of each artifact it was built from.
+        facts: Anything JSON: seed, parameters, counts.
+    """
+    files = {
+        path.relative_to(folder).as_posix(): file_sha256(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        "recast_version": __version__,
+        "parents": parents or {},
+        **facts,
+        "files": files,
+    }
+    atomic_text(folder / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    return manifest
+
+
+def load_manifest(folder: Path, kind: str) -> dict[str, Any]:
+    """Read and check the manifest of an artifact.
+
+    Raises:
+        ArtifactError: no manifest, unreadable, of another kind or format, or a listed file is missing.
+    """
+    path = Path(folder) / MANIFEST
+    command = {"dataset": "recast prepare-data", "tokenizer": "recast build-tokenizer"}.get(
+        kind, "recast train"
+    )
+    if not path.is_file():
+        raise ArtifactError(f"no {kind} in {folder} ({MANIFEST} not found)", f"make one with `{command}`")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as exc:
+        raise ArtifactError(f"{path} is not readable JSON: {exc}", f"rerun `{command}`") from exc
+    if not isinstance(manifest, dict) or manifest.get("kind") != kind:
+        found = manifest.get("kind") if isinstance(manifest, dict) else type(manifest).__name__
+        raise ArtifactError(
+            f"{folder} holds a {found!r} artifact, needed {kind!r}", f"point at a folder of `{command}`"
+        )
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{folder} has format version {manifest.get('format_version')}, "
+            f"this recast reads {FORMAT_VERSION}",
+            f"rerun `{command}`",
+        )
+    missing = [name for name in manifest.get("files", {}) if not (Path(folder) / name).is_file()]
+    if missing:
+        raise ArtifactError(
+            f"{folder} lacks {missing[0]} (and {len(missing) - 1} more)", f"rerun `{command}`"
+        )
+    return manifest
+
+
+def identity(manifest: dict[str, Any]) -> str:
+    """Content identity of an artifact: a hash of its kind, parents and files (not of dates or paths)."""
+    content = {key: manifest[key] for key in ("kind", "parents", "files")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def require_parent(child: dict[str, Any], parent: dict[str, Any], child_dir: Path, parent_dir: Path) -> None:
+    """Refuse a child that was not built from this parent.
+
+    Raises:
+        ArtifactError: naming both folders and what differs.
+    """
+    kind = parent["kind"]
+    found, needed = child["parents"].get(kind), identity(parent)
+    if found == needed:
+        return
+    detail = ""
+    if child.get("num_items") is not None and child["num_items"] != parent.get("num_items"):
+        detail = f" ({child['num_items']} items against {parent.get('num_items')})"
+    raise ArtifactError(
+        f"{child['kind']} {child_dir} was built for another {kind} than {parent_dir}{detail}",
+        f"rerun the command that made {child_dir} on {parent_dir}",
+    )

@@ -1,0 +1,146 @@
+"""`recast train`: warm start and RL from a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from recast_cli.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from recast_cli.recipe import Recipe
+    from recast_cli.training.run import Inputs
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe, for example recipes/ml-100k/recast.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example rl.steps=20.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print command and config, start nothing.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is in the way.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the run's manifest as JSON.")] = False,
+) -> None:
+    """Train a recommender: supervised warm start, then RL under stock verl.
+
+    The warm start keeps the epoch with the best validation NDCG@10. A warm start or run already there, of the
+    same recipe and data, is reused.
+
+    Examples:
+
+        recast train recipes/ml-100k/recast.yaml
+
+        recast train recipes/ml-100k/recast.yaml rl.steps=20 method.w_negative=0 out=runs/short
+
+        recast train recipes/ml-100k/grpo.yaml --dry-run
+    """
+    from recast_cli.console import note, print_json
+    from recast_cli.recipe import load_recipe
+    from recast_cli.training.run import Inputs, find_run
+
+    settings = load_recipe(recipe, overrides or [])
+    inputs = Inputs.load(settings)
+    if dry_run:
+        _show(settings, inputs, json_output=json_output)
+        return
+    out = Path(settings.out)
+    if overwrite and (out / "recipe.yaml").exists():
+        _remove_run(out)
+    is_warm_start_only = settings.method.name == "sft"
+    manifest = None if is_warm_start_only else find_run(settings, inputs)
+    if manifest is not None:
+        note(f"reusing the finished run in {out}")
+    else:
+        model = _start_model(settings, inputs)
+        manifest = _run(settings, inputs, model) if not is_warm_start_only else None
+    if json_output:
+        from recast_cli.artifacts import load_manifest
+        from recast_cli.training.run import warm_start_dir
+
+        print_json(manifest or load_manifest(warm_start_dir(settings), "warm-start"))
+    elif manifest is not None:
+        note(f"model: {out / 'model'}")
+
+
+def _remove_run(out: Path) -> None:
+    """Remove what a run wrote, and nothing else (a warm start beside it is an artifact of its own)."""
+    import shutil
+
+    for name in ("checkpoints", "model", "logs", "outputs"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in ("recipe.yaml", "manifest.json", "metrics.jsonl", "rows.parquet", "command.txt"):
+        (out / name).unlink(missing_ok=True)
+
+
+def _start_model(settings: Recipe, inputs: Inputs) -> Path:
+    """Folder of the model that RL starts from: named by the recipe, or the warm start, made if need be."""
+    from recast_cli.console import note, print_table, progress
+    from recast_cli.evaluation.evaluate import evaluate_model
+    from recast_cli.training import run
+
+    if settings.model:
+        if not (Path(settings.model) / "config.json").is_file():
+            raise ArtifactError(f"model {settings.model} has no config.json", "name a Hugging Face folder")
+        return Path(settings.model)
+    folder = run.warm_start_dir(settings)
+    if run.find_warm_start(settings, inputs) is not None:
+        note(f"reusing the warm start in {folder}")
+        return folder / "model"
+    rows: list[list[Any]] = []
+
+    def score(model: Path) -> dict[str, float]:
+        return evaluate_model(model, inputs.tokenizer, inputs.data, "validation").means()
+
+    steps = run.warm_start_steps(settings, inputs)
+    with progress("warm start", steps) as advance:
+        manifest = run.warm_start(
+            settings,
+            inputs,
+            score=score,
+            on_step=lambda _: advance(1),
+            on_epoch=lambda number, found: rows.append([number, found["ndcg@10"], found["hr@10"]]),
+        )
+    best = manifest["best_epoch"]
+    print_table(f"Warm start, validation (best epoch: {best})", ["epoch", "ndcg@10", "hr@10"], rows)
+    return folder / "model"
+
+
+def _run(settings: Recipe, inputs: Inputs, model: Path) -> dict[str, Any]:
+    from recast_cli.console import progress
+    from recast_cli.training.run import train as train_stage
+
+    with progress(settings.method.name, settings.rl.steps) as advance:
+        return train_stage(settings, inputs, model, on_step=lambda _: advance(1))
+
+
+def _show(settings: Recipe, inputs: Inputs, *, json_output: bool) -> None:
+    """The exact verl command, the resolved recipe and what the run will process."""
+    import shlex
+
+    from recast_cli.console import note, print_json
+    from recast_cli.recipe import dump_recipe
+    from recast_cli.training import run, verl_args
+
+    model = Path(settings.model) if settings.model else run.warm_start_dir(settings) / "model"
+    out = Path(settings.out)
+    module, arguments = run.job(settings, inputs, model, out)
+    environment = verl_args.environment(settings, out / "metrics.jsonl")
+    estimate = run.estimate(settings, inputs)
+    if json_output:
+        command = ["python", "-m", *module, *arguments]
+        facts = {
+            "command": command,
+            "environment": environment,
+            "recipe": settings.model_dump(),
+            "estimate": estimate,
+        }
+        print_json(facts)
+        return
+    exports = [f"{key}={shlex.quote(value)}" for key, value in environment.items()]
+    lines = [*exports, f"python -m {module[0]}", *(shlex.quote(argument) for argument in arguments)]
+    print(" \\\n  ".join(lines))
+    print()
+    print(dump_recipe(settings), end="")
+    note("estimate: " + ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in estimate.items()))

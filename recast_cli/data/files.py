@@ -1,0 +1,229 @@
+"""The user's own files as a source: a column map turns their tables into ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import polars as pl
+
+from recast_cli.artifacts import file_sha256
+from recast_cli.data.readers import read_bytes, read_table
+from recast_cli.data.source import RawTables, Source, hash_json
+from recast_cli.errors import DataError, RecipeError
+
+
+@dataclass(frozen=True)
+class ColumnMap:
+    """Where our columns are found in the user's files.
+
+    Attributes:
+        user_id, item_id, timestamp: In the interactions file.
+        catalogue_item_id: The item id in the items file; None: the same name as `item_id`.
+        title: In the items file.
+        text: Further text columns of the items file, joined in this order; None: every other text column.
+    """
+
+    user_id: str = "user_id"
+    item_id: str = "item_id"
+    timestamp: str = "timestamp"
+    catalogue_item_id: str | None = None
+    title: str = "title"
+    text: tuple[str, ...] | None = None
+
+
+def source(
+    interactions: Path, items: Path, columns: ColumnMap | None = None, name: str | None = None
+) -> Source:
+    """The user's files as a source; they are hashed now and read on `load`.
+
+    Raises:
+        DataError: a file is missing or cannot be opened.
+    """
+    columns = columns or ColumnMap()
+    for path in (interactions, items):
+        if not path.is_file():
+            read_bytes(path)  # raises with the reason
+    try:
+        digests = [file_sha256(interactions), file_sha256(items)]
+    except OSError as exc:
+        raise DataError(f"{exc.filename} cannot be read: {exc.strerror}", "check its permissions") from exc
+
+    def load() -> RawTables:
+        return RawTables(
+            interactions_frame(read_table(interactions), columns, str(interactions)),
+            items_frame(read_table(items), columns, str(items)),
+        )
+
+    return Source(
+        name=name or interactions.name.split(".", 1)[0] or interactions.name,
+        sha256=hash_json({"files": digests, "columns": asdict(columns)}),
+        load=load,
+        facts={"interactions": interactions.name, "items": items.name, "columns": asdict(columns)},
+    )
+
+
+def interactions_frame(table: pl.DataFrame, columns: ColumnMap, path: str) -> pl.DataFrame:
+    """A user's log in the shape of `RawTables.interactions`."""
+    require_columns(table, [columns.user_id, columns.item_id, columns.timestamp], path)
+    timestamp, text = parse_timestamps(table[columns.timestamp], path)
+    return pl.DataFrame(
+        {
+            "user_id": clean_ids(table[columns.user_id], path),
+            "item_id": clean_ids(table[columns.item_id], path),
+            "timestamp": timestamp,
+            "timestamp_text": text,
+        }
+    ).with_row_index("row", offset=1)
+
+
+def items_frame(table: pl.DataFrame, columns: ColumnMap, path: str) -> pl.DataFrame:
+    """A user's catalogue in the shape of `RawTables.items`; `text` joins title and other texts by " | "."""
+    id_column = columns.catalogue_item_id or columns.item_id
+    require_columns(table, [id_column, columns.title, *(columns.text or ())], path)
+    others = columns.text
+    if others is None:
+        others = tuple(
+            name for name in table.columns if name not in (id_column, columns.title) and _is_text(table[name])
+        )
+    title = clean_text(table[columns.title])
+    texts = [title, *(clean_text(table[name]) for name in others)]
+    parts = pl.DataFrame([text.alias(str(place)) for place, text in enumerate(texts)])
+    text = parts.select(pl.concat_str(pl.all(), separator=" | ", ignore_nulls=True)).to_series()
+    return pl.DataFrame(
+        {"item_id": clean_ids(table[id_column], path), "title": title, "text": _null_if_empty(text)}
+    ).with_row_index("row", offset=1)
+
+
+def require_columns(table: pl.DataFrame, needed: Sequence[str], path: str) -> None:
+    """Refuse a table that lacks a column.
+
+    Raises:
+        DataError: naming the first missing column and those that are there.
+    """
+    missing = [name for name in needed if name not in table.columns]
+    if missing:
+        raise DataError(
+            f"{path} has no column {missing[0]!r} (found: {', '.join(table.columns)})",
+            f"map it, for example --columns {missing[0]}={table.columns[0]}",
+        )
+
+
+def parse_columns(text: str | None, text_columns: str | None = None) -> ColumnMap:
+    """Read a column map such as `user_id=userId,item_id=movieId,items.item_id=id`.
+
+    Raises:
+        RecipeError: an unknown key, or an entry that is not `ours=theirs`.
+    """
+    keys = {
+        "user_id": "user_id",
+        "item_id": "item_id",
+        "timestamp": "timestamp",
+        "title": "title",
+        "items.item_id": "catalogue_item_id",
+    }
+    chosen: dict[str, str] = {}
+    for entry in filter(None, (part.strip() for part in (text or "").split(","))):
+        ours, equals, theirs = (part.strip() for part in entry.partition("="))
+        if ours not in keys or not equals or not theirs:
+            raise RecipeError(
+                f"--columns has {entry!r}, needed ours=theirs with ours one of {', '.join(keys)}",
+                "example: --columns user_id=userId,timestamp=ts",
+            )
+        chosen[keys[ours]] = theirs
+    names = (
+        tuple(filter(None, (name.strip() for name in text_columns.split(","))))
+        if text_columns is not None
+        else None
+    )
+    return ColumnMap(**chosen, text=names)
+
+
+def clean_ids(column: pl.Series, path: str) -> pl.Series:
+    """Ids as text, null where missing or blank.
+
+    A float column (pandas makes one of integers with gaps) gives "1", not "1.0", if all are whole.
+
+    Raises:
+        DataError: the column holds neither text nor numbers.
+    """
+    if column.dtype.is_nested() or column.dtype == pl.Object:
+        raise DataError(
+            f"{path} column {column.name!r} holds {column.dtype}, needed ids (text or numbers)",
+            "map another column",
+        )
+    if column.dtype.is_float():
+        column = column.fill_nan(None)
+        whole = column.drop_nulls()
+        if bool((whole == whole.round()).all()) and bool((whole.abs() < 2**53).all()):
+            column = column.cast(pl.Int64)
+    return _null_if_empty(column.cast(pl.String).str.strip_chars())
+
+
+def clean_text(column: pl.Series) -> pl.Series:
+    """Text on one line, null where blank; a list of texts is joined by ", "."""
+    if isinstance(column.dtype, pl.List):
+        column = column.cast(pl.List(pl.String)).list.drop_nulls().list.join(", ")
+    return _null_if_empty(column.cast(pl.String).str.replace_all(r"\s+", " ").str.strip_chars())
+
+
+def parse_timestamps(column: pl.Series, path: str) -> tuple[pl.Series, pl.Series]:
+    """Seconds (or whatever unit the numbers have) as f64, null where unreadable, and the text as found.
+
+    Numbers, ISO 8601 dates and times (no zone means UTC), and date-typed columns are understood.
+
+    Raises:
+        DataError: numbers and dates are mixed: they could not be put in one order.
+    """
+    text = (
+        column.cast(pl.String, strict=False)
+        if not column.dtype.is_nested()
+        else column.map_elements(str, pl.String)
+    )
+    if column.dtype.is_temporal() and column.dtype != pl.Time:
+        return column.cast(pl.Datetime("us")).dt.epoch("us") / 1e6, text
+    if column.dtype.is_numeric():
+        numbers = column.cast(pl.Float64)
+    else:
+        found = text.str.strip_chars()
+        numbers = found.cast(pl.Float64, strict=False)
+        dates = _parse_iso(found)
+        if dates.is_not_null().any():
+            mixed = text.filter(numbers.is_finite().fill_null(False))
+            if len(mixed):
+                day = text.filter(dates.is_not_null())[0]
+                raise DataError(
+                    f"{path} column {column.name!r} mixes numbers ({mixed[0]}) and dates ({day}), "
+                    "needed one kind",
+                    "convert the column to one kind",
+                )
+            numbers = dates
+    return pl.select(pl.when(numbers.is_finite()).then(numbers).alias("timestamp")).to_series(), text
+
+
+def _parse_iso(text: pl.Series) -> pl.Series:
+    """Seconds since 1970 of ISO 8601 text as f64, null where it is none."""
+    tidy = (
+        text.str.replace(r"^(\d{4}-\d{2}-\d{2})$", "$1 00:00")
+        .str.replace(r"^(\d{4}-\d{2}-\d{2})T", "$1 ")
+        .str.replace(r"^(.{10} \d{2}:\d{2})($|Z$|[+-])", "$1:00$2")
+        .str.replace(r"Z$", "+00:00")
+        .str.replace(r"^(.{10} [\d:.]+)$", "$1+00:00")
+    )
+    parsed = tidy.str.to_datetime("%Y-%m-%d %H:%M:%S%.f%z", strict=False, time_unit="us")
+    return parsed.dt.epoch("us") / 1e6
+
+
+def _is_text(column: pl.Series) -> bool:
+    """Whether a column is worth embedding: text that is not merely numbers."""
+    if isinstance(column.dtype, pl.List):
+        return column.dtype.inner == pl.String
+    if column.dtype != pl.String:
+        return False
+    filled = _null_if_empty(column.str.strip_chars()).drop_nulls()
+    return len(filled) > 0 and bool(filled.cast(pl.Float64, strict=False).is_null().any())
+
+
+def _null_if_empty(text: pl.Series) -> pl.Series:
+    return text.set(text == "", None)

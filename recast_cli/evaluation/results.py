@@ -1,0 +1,111 @@
+"""What an evaluation leaves behind: means with intervals, one row per user, and what was measured."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from recast_cli import __version__
+from recast_cli.artifacts import atomic_text
+from recast_cli.core.ranking import Interval
+
+FORMAT_VERSION = 1
+MODES = ("history_removed", "history_kept")
+EVALUATION, USERS = "evaluation.json", "users.parquet"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of `evaluate_model`.
+
+    Attributes:
+        facts: Split, counts, identities of dataset, tokenizer, trie and model, options, versions.
+        arms: arm (`model`, `popularity`, `item_knn`) -> mode (`history_removed`, `history_kept`) -> metric
+            -> value; means over users carry an interval, catalogue-wide numbers are plain.
+        users: One row per evaluated row: index, user_id, target, target_log_prob, rank_removed, rank_kept
+            (1-based, null beyond the beam), top_removed, top_kept, and both ranks of every baseline.
+    """
+
+    facts: dict[str, Any]
+    arms: dict[str, dict[str, dict[str, Interval | float]]]
+    users: pl.DataFrame
+
+    def metric(self, name: str, *, mode: str = "history_removed", arm: str = "model") -> float:
+        """One number, e.g. `metric("ndcg@10")`."""
+        value = self.arms[arm][mode][name]
+        return value.mean if isinstance(value, Interval) else value
+
+    def means(self, *, mode: str = "history_removed", arm: str = "model") -> dict[str, float]:
+        """All numbers of one arm in one mode."""
+        return {name: self.metric(name, mode=mode, arm=arm) for name in self.arms[arm][mode]}
+
+    def to_json(self) -> dict[str, Any]:
+        """The facts, and `metrics` and `intervals` (95 %, [low, high]) by mode, arm and name; NaN is null."""
+        modes = list(self.arms["model"])
+        metrics = {mode: {arm: self.means(mode=mode, arm=arm) for arm in self.arms} for mode in modes}
+        intervals = {
+            mode: {
+                arm: {name: [v.low, v.high] for name, v in values[mode].items() if isinstance(v, Interval)}
+                for arm, values in self.arms.items()
+            }
+            for mode in modes
+        }
+        document = {
+            "format_version": FORMAT_VERSION,
+            **self.facts,
+            "metrics": metrics,
+            "intervals": intervals,
+        }
+        return _without_nan(document)
+
+    def save(self, out: Path) -> tuple[Path, Path]:
+        """Write `evaluation.json` and `users.parquet` into a folder, or `X.json` and `X.parquet`.
+
+        Returns:
+            The two paths. The JSON is written last: where it is, both are complete.
+        """
+        if out.suffix == ".json":
+            paths = out, out.with_suffix(".parquet")
+        else:
+            paths = out / EVALUATION, out / USERS
+        paths[0].parent.mkdir(parents=True, exist_ok=True)
+        _write_parquet(paths[1], self.users)
+        atomic_text(
+            paths[0], json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        )
+        return paths
+
+
+def versions(packages: Sequence[str] = ("torch", "transformers", "numpy")) -> dict[str, str]:
+    """Versions of what computes the numbers."""
+    return {"recast": __version__, **{name: version(name) for name in packages}}
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write_parquet(path: Path, table: pl.DataFrame) -> None:
+    fd, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(fd)
+    try:
+        table.write_parquet(scratch)
+        with open(scratch, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.chmod(scratch, 0o644)
+        os.replace(scratch, path)
+    finally:
+        Path(scratch).unlink(missing_ok=True)

@@ -1,0 +1,189 @@
+"""Recipes: one short YAML file per method, validated as a whole.
+
+`extends: base.yaml` reads another recipe first, `key=value` overrides come last. Every violation is
+reported at once; unknown keys are errors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from recast_cli.errors import RecipeError
+
+Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+
+# What verl's V1 trainer starts on Ray, one CPU each: TransferQueue controller and its placement group's
+# storage unit, task runner, agent loop worker, reward worker; the training worker's bundle asks for 3. With
+# fewer it waits for ever without a word.
+MIN_RAY_CPUS = 8
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class WarmStart(Section):
+    """Supervised warm start; the epoch with the best validation NDCG@10 (history removed) is kept."""
+
+    out: str | None = Field(
+        None, description="folder, shared by recipes that start alike; default RUN/warm_start"
+    )
+    epochs: Positive = 8
+    batch_size: Positive = 64
+    learning_rate: Rate = 1e-3
+    weight_decay: Weight = 0.1
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    micro_batch_size: Positive = 64
+
+
+class RL(Section):
+    """Reinforcement learning under verl. Defaults are the paper's where it states them."""
+
+    steps: Positive = 60
+    prompts_per_step: Positive = 16
+    mini_batch_prompts: Positive | None = Field(
+        None, description="prompts per update; default prompts_per_step"
+    )
+    group_size: Annotated[int, Field(ge=2)] = 32
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    learning_rate: Rate = 2e-6
+    warmup_steps: Annotated[int, Field(ge=0)] = 10
+    weight_decay: Weight = 0.1
+    kl_coef: Weight = 0.001
+    clip_low: Rate = 0.2
+    clip_high: Rate = 0.28
+    loss_agg_mode: Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean"] = (
+        "token-mean"
+    )
+    max_tokens_per_micro_batch: Positive = 8192
+    save_every: int = Field(-1, description="steps between checkpoints; -1 saves the last step only")
+
+    @model_validator(mode="after")
+    def _divides(self) -> RL:
+        if self.prompts_per_step % (self.mini_batch_prompts or self.prompts_per_step):
+            raise ValueError(
+                f"prompts_per_step {self.prompts_per_step} is no multiple of "
+                f"mini_batch_prompts {self.mini_batch_prompts}"
+            )
+        return self
+
+
+class Method(Section):
+    """What is done with the rollouts of a group."""
+
+    name: Literal["recast", "grpo", "sft-continued", "sft"] = "recast"
+    w_positive: Weight = Field(1.0, description="advantage of the strongest positive (recast)")
+    w_negative: Weight = Field(1.0, description="minus the advantage of the hardest negative (recast)")
+
+
+class Recipe(Section):
+    """One training run."""
+
+    data: str = Field(description="folder of recast prepare-data")
+    tokenizer: str = Field(description="folder of recast build-tokenizer")
+    out: str = Field(description="run directory")
+    model: str | None = Field(
+        None, description="Hugging Face folder to start RL from instead of a warm start"
+    )
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Annotated[int, Field(ge=0)] = Field(
+        0, description="torch threads per worker; 0 takes every core"
+    )
+    ray_cpus: Annotated[int, Field(ge=MIN_RAY_CPUS)] = Field(
+        16, description="logical CPUs that Ray may hand out"
+    )
+    num_gpus: Positive = 1
+    warm_start: WarmStart = WarmStart()
+    rl: RL = RL()
+    method: Method = Method()
+    verl: dict[str, Any] = Field(
+        default_factory=dict, description="further overrides, passed to verl as they are"
+    )
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise RecipeError(f"{path} extends itself", "remove the circular `extends:`")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"recipe {path} does not exist", "see the recipes/ folder for examples") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
+        problem = " ".join(str(exc).split())
+        raise RecipeError(f"recipe {path} cannot be read: {problem}", "it must be a YAML mapping") from exc
+    if not isinstance(content, dict):
+        raise RecipeError(f"recipe {path} holds a {type(content).__name__}, needed a mapping", "see recipes/")
+    parent = content.pop("extends", None)
+    return (
+        content
+        if parent is None
+        else _merge(_read(path.parent / str(parent), (*seen, path.resolve())), content)
+    )
+
+
+def _override(text: str) -> dict[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"override {text!r} is not of the form key=value", "for example rl.steps=20")
+    try:
+        nested: Any = yaml.safe_load(value) if value else None
+    except yaml.YAMLError as exc:
+        raise RecipeError(f"override {text!r} has an unreadable value", "quote it as YAML") from exc
+    if isinstance(nested, str):  # YAML 1.1 reads 1e-3 as text
+        with contextlib.suppress(ValueError):
+            nested = float(nested)
+    parts = key.strip().split(".")
+    if parts[0] == "verl" and len(parts) > 1:  # verl's own keys have dots
+        return {"verl": {".".join(parts[1:]): nested}}
+    for part in reversed(parts):
+        nested = {part: nested}
+    return nested
+
+
+def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
+    """Read, merge and validate a recipe.
+
+    Raises:
+        RecipeError: listing every violation, each with its field, the value found and the value needed.
+    """
+    content = _read(Path(path))
+    for text in overrides:
+        content = _merge(content, _override(text))
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as exc:
+        problems = []
+        for error in exc.errors():
+            field = ".".join(str(part) for part in error["loc"]) or "recipe"
+            if error["type"] == "extra_forbidden":
+                problems.append(f"{field}: unknown key")
+            elif error["type"] == "missing":
+                problems.append(f"{field}: missing")
+            else:
+                problems.append(
+                    f"{field}: found {error['input']!r}, {error['msg'][0].lower()}{error['msg'][1:]}"
+                )
+        raise RecipeError(
+            f"{path}: " + "; ".join(problems), "known keys: " + ", ".join(Recipe.model_fields)
+        ) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML."""
+    return yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,144 @@
+"""How semantic IDs are spelled as tokens, and which token id each code has.
+
+The spelling is OpenOneRec's: `<|sid_begin|><s_a_1><s_b_7><s_c_0><|sid_end|>`, one token a tag, levels a, b,
+c, ...
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from recast_cli.errors import ArtifactError
+
+SID_BEGIN = "<|sid_begin|>"
+SID_END = "<|sid_end|>"
+LEVELS = "abcdefghijklmnopqrstuvwxyz"
+_CODE = re.compile(r"<s_([a-z])_(0|[1-9]\d*)>")
+
+
+def code_token(level: int, code: int) -> str:
+    """Token of one code, e.g. `<s_b_7>` for code 7 of level 1."""
+    return f"<s_{LEVELS[level]}_{code}>"
+
+
+def spell(codes: Sequence[int], *, enclose: bool = True) -> str:
+    """Text of one semantic ID; without `enclose`, its codes only."""
+    text = "".join(code_token(level, int(code)) for level, code in enumerate(codes))
+    return f"{SID_BEGIN}{text}{SID_END}" if enclose else text
+
+
+def parse(text: str) -> tuple[int, ...]:
+    """Codes of one spelled semantic ID, enclosed or not; the inverse of `spell`.
+
+    Raises:
+        ValueError: anything but one well-formed semantic ID.
+    """
+    inner = text
+    if text.startswith(SID_BEGIN) and text.endswith(SID_END):
+        inner = text[len(SID_BEGIN) : -len(SID_END)]
+    found = _CODE.findall(inner)
+    codes = tuple(int(code) for _, code in found)
+    if not codes or spell(codes, enclose=False) != inner:
+        raise ValueError(f"not a semantic ID: {text!r}")
+    return codes
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Token ids. Code k of level l is token `level_offsets[l] + k`.
+
+    Attributes:
+        sid_begin, sid_end, pad: ids.
+        level_offsets: id of code 0 of each level.
+        codebook_sizes: K of each level.
+        num_levels: L.
+        vocab_size: number of real ids (`len(tokenizer)`).
+        embedding_rows: rows of the model's embedding; more than `vocab_size` where the base model pads its
+            vocabulary. Ids from `vocab_size` on are no tokens and must never be sampled.
+    """
+
+    sid_begin: int
+    sid_end: int
+    pad: int
+    level_offsets: tuple[int, ...]
+    codebook_sizes: tuple[int, ...]
+    num_levels: int
+    vocab_size: int
+    embedding_rows: int
+
+    def to_json(self) -> str:
+        """Text of vocabulary.json."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def load(cls, path: Path) -> Vocabulary:
+        """Read vocabulary.json.
+
+        Raises:
+            ArtifactError: missing, or not what this version writes.
+        """
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            found["level_offsets"] = tuple(found["level_offsets"])
+            found["codebook_sizes"] = tuple(found["codebook_sizes"])
+            return cls(**found)
+        except (OSError, ValueError, KeyError, TypeError) as exc:
+            raise ArtifactError(
+                f"{path} is not a vocabulary: {exc}", "rerun `recast build-tokenizer`"
+            ) from exc
+
+
+def semantic_id_tokens(codebook_sizes: Sequence[int]) -> list[str]:
+    """All tokens of the semantic IDs in the order of their ids."""
+    codes = [code_token(level, code) for level, size in enumerate(codebook_sizes) for code in range(size)]
+    return [SID_BEGIN, SID_END, *codes]
+
+
+def add_semantic_ids(
+    tokenizer: Any, codebook_sizes: Sequence[int], *, embedding_rows: int | None = None
+) -> Vocabulary:
+    """Add the tokens of the semantic IDs to a tokenizer, in place.
+
+    They are ordinary added tokens: special ones would vanish when an answer is decoded with
+    `skip_special_tokens=True`. Tokens the tokenizer already has (an OpenOneRec model) keep their ids.
+
+    Args:
+        tokenizer: Of Hugging Face, with a pad token.
+        embedding_rows: Rows of the model that goes with it; default as many as there are ids, afterwards at
+            least so.
+
+    Raises:
+        ArtifactError: codes the tokenizer already has do not lie one behind the other.
+    """
+    from tokenizers import AddedToken
+
+    tokens = semantic_id_tokens(codebook_sizes)
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in tokens])
+    ids = tokenizer.convert_tokens_to_ids(tokens)
+    sid_begin, sid_end, rest = ids[0], ids[1], ids[2:]
+    offsets = []
+    for level, size in enumerate(codebook_sizes):
+        level_ids, rest = rest[:size], rest[size:]
+        if level_ids != list(range(level_ids[0], level_ids[0] + size)):
+            raise ArtifactError(
+                f"the base model already has some of the tokens {code_token(level, 0)} to "
+                f"{code_token(level, size - 1)}, not one behind the other",
+                "use a base model without semantic IDs, or --codebook-size no larger than its own",
+            )
+        offsets.append(level_ids[0])
+    assert tokenizer.pad_token_id is not None, "the tokenizer has a pad token"
+    return Vocabulary(
+        sid_begin=sid_begin,
+        sid_end=sid_end,
+        pad=tokenizer.pad_token_id,
+        level_offsets=tuple(offsets),
+        codebook_sizes=tuple(codebook_sizes),
+        num_levels=len(codebook_sizes),
+        vocab_size=len(tokenizer),
+        embedding_rows=max(len(tokenizer), embedding_rows or 0),
+    )

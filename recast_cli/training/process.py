@@ -1,0 +1,116 @@
+"""Run one of verl's entry points as a child process: log to a file, progress from its metrics, errors in
+one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from recast_cli.errors import EnvironmentFault
+
+_POLL_SECONDS = 0.2
+# A line that names what went wrong, as Python and Ray print it.
+_CAUSE = re.compile(
+    r"^(?:\x1b\[\d+m)?(?:\([^)]*\)\s*)?(?:\x1b\[\d+m)?\s*((?:[\w.]+\.)?\w*(?:Error|Exception|Fault): .+)"
+)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """verl's file log: one `{"step": n, "data": {...}}` per line; a torn last line is left out."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        records.append({"step": record["step"], **record["data"]})
+    return records
+
+
+def cause_of(log: Path) -> str:
+    """The last exception line of a log, or its last line."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    causes = [match[1] for line in lines if (match := _CAUSE.match(line))]
+    return causes[-1][:300] if causes else (lines[-1][:300] if lines else "it printed nothing")
+
+
+def run_verl(
+    module: Sequence[str],
+    arguments: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    cwd: Path,
+    log: Path,
+    metrics: Path,
+    on_step: Callable[[dict[str, Any]], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Run `python -m MODULE ARGUMENTS` to its end and return its metrics, a record per step.
+
+    Args:
+        module: What follows `python -m`, for example `["verl.trainer.main_ppo"]`.
+        arguments: Hydra overrides.
+        environment: Added to the caller's environment.
+        cwd: Working directory (Hydra writes its `outputs/` there).
+        log: File for stdout and stderr.
+        metrics: verl's file log.
+        on_step: Called with each new record.
+
+    Raises:
+        EnvironmentFault: the process failed; names the cause and the log.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", *module, *arguments]
+    seen = 0
+    with log.open("w", encoding="utf-8") as sink:
+        child = subprocess.Popen(
+            command,
+            env={**os.environ, **environment},
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that Ctrl-C reaches Ray's workers through us, once
+        )
+        try:
+            while child.poll() is None:
+                time.sleep(_POLL_SECONDS)
+                seen = _report(metrics, seen, on_step)
+        except BaseException:
+            _stop(child)
+            raise
+    _report(metrics, seen, on_step)
+    if child.returncode:
+        raise EnvironmentFault(f"{module[-1]} exited with {child.returncode}: {cause_of(log)}", f"read {log}")
+    return read_metrics(metrics)
+
+
+def _report(metrics: Path, seen: int, on_step: Callable[[dict[str, Any]], None] | None) -> int:
+    if on_step is None:
+        return seen
+    records = read_metrics(metrics)
+    for record in records[seen:]:
+        on_step(record)
+    return max(seen, len(records))
+
+
+def _stop(child: subprocess.Popen) -> None:
+    """End the child's whole process group: politely, then for good."""
+    for sign, patience in ((signal.SIGINT, 10.0), (signal.SIGKILL, 5.0)):
+        try:
+            os.killpg(child.pid, sign)
+            child.wait(patience)
+            return
+        except subprocess.TimeoutExpired:
+            continue
+        except ProcessLookupError:
+            return

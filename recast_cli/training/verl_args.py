@@ -1,0 +1,237 @@
+"""From a recipe to verl's command lines: pure functions, nothing is started here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from recast_cli.recipe import Recipe
+
+LOOP_MANAGER = "verl_recast.rollout.agent_loop.GroupLoopManager"
+
+
+def resolve_device(recipe: Recipe) -> str:
+    """`cuda` if asked for, or if a driver is present and the recipe says `auto`; else `cpu`."""
+    if recipe.device != "auto":
+        return recipe.device
+    return "cuda" if shutil.which("nvidia-smi") else "cpu"
+
+
+def num_threads(recipe: Recipe) -> int:
+    """Torch threads of a worker: verl runs rollout and actor in turns, so each may have every core."""
+    return recipe.threads or len(os.sched_getaffinity(0))
+
+
+def environment(recipe: Recipe, metrics: Path) -> dict[str, str]:
+    """Variables that verl's processes need on top of the caller's."""
+    variables = {
+        "VERL_FILE_LOGGER_PATH": str(metrics),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONUNBUFFERED": "1",
+        "HYDRA_FULL_ERROR": "1",
+    }
+    if resolve_device(recipe) == "cpu":
+        threads = str(num_threads(recipe))
+        variables |= {
+            "VERL_PLATFORM": "cpu",
+            "OMP_NUM_THREADS": threads,
+            "RECAST_THREADS": threads,
+            # Threads that spin while they wait take the cores from whichever worker is at work.
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
+    return variables
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(_text(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}: {_text(item)}" for key, item in value.items()) + "}"
+    return str(value)
+
+
+def _arguments(options: dict[str, Any]) -> list[str]:
+    return [f"{key}={_text(value)}" for key, value in options.items()]
+
+
+def _quoted(path: str | Path) -> str:
+    """A path as a Hydra value: quoted, so that blanks, commas and `=` in it stay what they are."""
+    return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _cpu_engine(prefix: str) -> dict[str, Any]:
+    return {
+        f"{prefix}.model_dtype": "fp32",
+        f"+{prefix}.mixed_precision": {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
+        f"{prefix}.use_torch_compile": False,
+    }
+
+
+def sft_arguments(
+    recipe: Recipe,
+    *,
+    model: Path,
+    train_file: Path,
+    out: Path,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    max_length: int,
+    steps: int | None = None,
+    constant_rate: bool = False,
+) -> list[str]:
+    """Overrides of `verl.trainer.sft_trainer`; one Hugging Face checkpoint per epoch (or at the end of
+    `steps`)."""
+    device = resolve_device(recipe)
+    warm = recipe.warm_start
+    options: dict[str, Any] = {
+        "data.train_files": _quoted(train_file),
+        "data.train_batch_size": batch_size,
+        "data.micro_batch_size_per_gpu": warm.micro_batch_size,
+        "data.max_token_len_per_gpu": max(max_length, recipe.rl.max_tokens_per_micro_batch),
+        "data.max_length": max_length,
+        "data.truncation": "error",
+        "data.num_workers": 0,
+        "data.custom_cls.path": "pkg://verl_recast.sft_dataset",
+        "data.custom_cls.name": "ItemSFTDataset",
+        "model.path": _quoted(model),
+        "model.use_remove_padding": device != "cpu",
+        "model.enable_gradient_checkpointing": device != "cpu",
+        "+model.override_config.attn_implementation": "sdpa" if device == "cpu" else "flash_attention_2",
+        "optim.lr": learning_rate,
+        "optim.weight_decay": warm.weight_decay,
+        "optim.lr_warmup_steps_ratio": 0.0 if constant_rate else warm.warmup_ratio,
+        "optim.lr_scheduler_type": "constant" if constant_rate else "cosine",
+        "checkpoint.save_contents": ["model", "optimizer", "extra", "hf_model"],
+        "trainer.default_local_dir": _quoted(out),
+        "trainer.project_name": "recast",
+        "trainer.experiment_name": "sft",
+        "trainer.total_epochs": epochs,
+        "trainer.total_training_steps": steps,
+        "trainer.logger": ["console", "file"],
+        "trainer.seed": recipe.seed,
+        "trainer.save_freq": "after_each_epoch" if steps is None else -1,
+        "trainer.test_freq": -1,
+        "trainer.resume_mode": "disable",
+        "trainer.device": device,
+        "trainer.n_gpus_per_node": recipe.num_gpus,
+    }
+    if device == "cpu":
+        options |= _cpu_engine("engine")
+    return _arguments(options)
+
+
+def rl_arguments(
+    recipe: Recipe,
+    *,
+    model: Path,
+    train_file: Path,
+    val_file: Path,
+    out: Path,
+    prompt_length: int,
+    num_levels: int,
+) -> list[str]:
+    """Overrides of `verl.trainer.main_ppo` for the recipe's method."""
+    rl, device = recipe.rl, resolve_device(recipe)
+    actor, rollout, ref = (f"actor_rollout_ref.{part}" for part in ("actor", "rollout", "ref"))
+    options: dict[str, Any] = {
+        "data.train_files": _quoted(train_file),
+        "data.val_files": _quoted(val_file),
+        "data.train_batch_size": rl.prompts_per_step,
+        "data.max_prompt_length": prompt_length,
+        "data.max_response_length": num_levels,
+        "data.filter_overlong_prompts": False,
+        "data.truncation": "error",
+        "data.shuffle": False,  # rows are drawn by the launcher, so that every method sees the same ones
+        "data.dataloader_num_workers": 0,
+        "actor_rollout_ref.model.path": _quoted(model),
+        "actor_rollout_ref.model.use_remove_padding": device != "cpu",
+        "actor_rollout_ref.model.enable_gradient_checkpointing": device != "cpu",
+        "+actor_rollout_ref.model.override_config.attn_implementation": (
+            "sdpa" if device == "cpu" else "flash_attention_2"
+        ),
+        f"{actor}.ppo_mini_batch_size": rl.mini_batch_prompts or rl.prompts_per_step,
+        f"{actor}.use_dynamic_bsz": True,
+        f"{actor}.ppo_max_token_len_per_gpu": rl.max_tokens_per_micro_batch,
+        f"{actor}.optim.lr": rl.learning_rate,
+        f"{actor}.optim.lr_warmup_steps": rl.warmup_steps,
+        f"{actor}.optim.weight_decay": rl.weight_decay,
+        f"{actor}.use_kl_loss": rl.kl_coef > 0,
+        f"{actor}.kl_loss_coef": rl.kl_coef,
+        f"{actor}.kl_loss_type": "low_var_kl",
+        f"{actor}.clip_ratio_low": rl.clip_low,
+        f"{actor}.clip_ratio_high": rl.clip_high,
+        f"{actor}.loss_agg_mode": rl.loss_agg_mode,
+        f"{actor}.checkpoint.save_contents": ["model", "optimizer", "extra", "hf_model"],
+        f"{ref}.log_prob_use_dynamic_bsz": True,
+        f"{ref}.log_prob_max_token_len_per_gpu": rl.max_tokens_per_micro_batch,
+        f"{rollout}.name": "recast_sid",
+        f"+{rollout}.custom": {"tokenizer": _quoted(Path(recipe.tokenizer).resolve())},
+        f"+{rollout}.agent.agent_loop_manager_class": LOOP_MANAGER,
+        f"{rollout}.agent.num_workers": 1,
+        f"{rollout}.n": rl.group_size,
+        f"{rollout}.temperature": rl.temperature,
+        f"{rollout}.prompt_length": prompt_length,
+        f"{rollout}.response_length": num_levels,
+        f"{rollout}.tensor_model_parallel_size": 1,
+        f"{rollout}.log_prob_use_dynamic_bsz": True,
+        f"{rollout}.log_prob_max_token_len_per_gpu": rl.max_tokens_per_micro_batch,
+        f"{rollout}.free_cache_engine": False,
+        f"{rollout}.dtype": "float32" if device == "cpu" else "bfloat16",
+        f"{rollout}.seed": recipe.seed,
+        f"{actor}.data_loader_seed": recipe.seed,
+        "reward.num_workers": 1,
+        "trainer.v1.sampler.custom_sampler.path": "pkg://verl_recast.sampler",
+        "trainer.v1.sampler.custom_sampler.name": "QuickReplayBuffer",
+        "transfer_queue.backend.SimpleStorage.num_data_storage_units": 1,
+        "trainer.project_name": "recast",
+        "trainer.experiment_name": recipe.method.name,
+        "trainer.logger": ["console", "file"],
+        "trainer.val_before_train": False,
+        "trainer.test_freq": -1,
+        "trainer.total_training_steps": rl.steps,
+        "trainer.total_epochs": 1,
+        "trainer.save_freq": rl.save_every if rl.save_every > 0 else rl.steps,
+        "trainer.resume_mode": "disable",
+        "trainer.default_local_dir": _quoted(out),
+        "trainer.device": device,
+        "trainer.n_gpus_per_node": recipe.num_gpus,
+        "trainer.nnodes": 1,
+        "ray_kwargs.ray_init.num_cpus": recipe.ray_cpus,
+        "+ray_kwargs.ray_init.include_dashboard": False,
+    }
+    options |= _method_options(recipe)
+    if device == "cpu":
+        options |= {
+            **_cpu_engine(f"{actor}.fsdp_config"),
+            **_cpu_engine(f"{ref}.fsdp_config"),
+            f"{actor}.use_torch_compile": False,
+            "+ray_kwargs.ray_init.num_gpus": recipe.num_gpus,  # slots; the CPU platform calls them GPUs
+        }
+    return _arguments(options | recipe.verl)
+
+
+def _method_options(recipe: Recipe) -> dict[str, Any]:
+    """What makes a run one method and not another."""
+    if recipe.method.name == "recast":
+        return {
+            "trainer.v1.trainer_mode": "recast",
+            "algorithm.adv_estimator": "recast",
+            "+algorithm.recast.w_positive": recipe.method.w_positive,
+            "+algorithm.recast.w_negative": recipe.method.w_negative,
+            "+algorithm.recast.seed": recipe.seed,
+        }
+    return {
+        "trainer.v1.trainer_mode": "sync",
+        "algorithm.adv_estimator": "grpo",
+        "+algorithm.recast.seed": recipe.seed,  # the rollouts' seed: every method draws alike
+    }

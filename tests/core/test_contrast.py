@@ -1,0 +1,117 @@
+"""Repair and contrast: hand-made groups, then a plain-loop reference over random ones."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from recast_cli.core.contrast import pair_advantages, select_pairs
+from recast_cli.core.seeding import tie_keys
+
+
+def _keys(*rows):
+    return np.array(rows, dtype=np.uint64)
+
+
+def test_group_with_a_hit_is_left_alone_and_gives_its_hardest_miss():
+    selection = select_pairs(np.array([[0, 1, 0, 0]]), np.array([[0.01, 1, 0.1, 0]]), _keys([1, 2, 3, 4]))
+    assert selection.anchor_B.tolist() == [-1]
+    assert selection.positive_B.tolist() == [1]
+    assert selection.negative_B.tolist() == [2]  # u = 0.1 is the miss nearest to the target
+    assert selection.trainable_B.tolist() == [True]
+
+
+def test_empty_group_is_repaired_at_its_lowest_score():
+    selection = select_pairs(np.zeros((1, 4)), np.array([[0.01, 0.1, 0, 0.01]]), _keys([1, 2, 3, 4]))
+    assert selection.all_zero_B.tolist() == [True]
+    assert selection.anchor_B.tolist() == selection.positive_B.tolist() == [2]
+    assert selection.negative_B.tolist() == [1]
+
+
+def test_without_repair_an_empty_group_is_skipped():
+    selection = select_pairs(np.zeros((1, 4)), np.zeros((1, 4)), _keys([1, 2, 3, 4]), repair=False)
+    assert selection.anchor_B.tolist() == selection.positive_B.tolist() == [-1]
+    assert selection.trainable_B.tolist() == [False]
+
+
+def test_group_that_hits_everywhere_has_no_legal_negative():
+    selection = select_pairs(np.ones((1, 3)), np.ones((1, 3)), _keys([1, 2, 3]))
+    assert selection.negative_B.tolist() == [-1]
+    assert selection.trainable_B.tolist() == [False]
+
+
+def test_ties_go_to_the_larger_key_and_never_pick_the_anchor_as_negative():
+    # all scores tie: the anchor takes the largest key, the negative the largest of the rest
+    selection = select_pairs(np.zeros((1, 4)), np.zeros((1, 4)), _keys([7, 1, 9, 8]))
+    assert selection.anchor_B.tolist() == [2]
+    assert selection.negative_B.tolist() == [3]
+    # equal hits: the positive goes to the larger key too
+    selection = select_pairs(np.array([[1, 1, 0]]), np.array([[1, 1, 0]]), _keys([5, 6, 1]))
+    assert selection.positive_B.tolist() == [1]
+
+
+def test_rollout_without_semantic_id_is_replaced_first_and_negative_last():
+    valid = np.array([[True, False, True]])
+    selection = select_pairs(np.zeros((1, 3)), np.zeros((1, 3)), _keys([3, 1, 2]), valid_BG=valid)
+    assert selection.anchor_B.tolist() == [1]
+    assert selection.negative_B.tolist() == [0]
+    # no valid miss is left: the one without a semantic ID is legal after all
+    hit_and_nothing = select_pairs(
+        np.array([[1, 0]]), np.array([[1, 0]]), _keys([1, 2]), valid_BG=np.array([[True, False]])
+    )
+    assert hit_and_nothing.negative_B.tolist() == [1]
+
+
+def test_group_of_one_cannot_be_trained():
+    selection = select_pairs(np.zeros((1, 1)), np.zeros((1, 1)), _keys([1]))
+    assert selection.anchor_B.tolist() == [0]
+    assert selection.trainable_B.tolist() == [False]
+
+
+def test_advantages_are_plus_and_minus_w():
+    assert pair_advantages(np.array([1.0, 0.0])).tolist() == [1.0, -1.0]
+    assert pair_advantages(np.array([1.0, 0.0]), w_positive=2, w_negative=0.25).tolist() == [2.0, -0.25]
+
+
+def _reference(rewards, scores, keys, present, valid, repair):
+    """One group, in plain Python: (anchor, positive, negative)."""
+    rows = [g for g in range(len(rewards)) if present[g]]
+    anchor = -1
+    if rows and repair and not any(rewards[g] > 0 for g in rows):
+        anchor = min(rows, key=lambda g: (scores[g], valid[g], -int(keys[g])))
+    hits = [g for g in rows if rewards[g] > 0]
+    positive = anchor if anchor >= 0 else max(hits, key=lambda g: (rewards[g], keys[g]), default=-1)
+    misses = [g for g in rows if rewards[g] <= 0 and g != anchor]
+    negative = max(misses, key=lambda g: (valid[g], scores[g], keys[g]), default=-1)
+    return anchor, positive, negative
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(0, 2**32 - 1), st.booleans())
+def test_matches_the_plain_loop_on_ragged_groups(seed, repair):
+    rng = np.random.default_rng(seed)
+    B, G = rng.integers(1, 6), rng.integers(1, 9)
+    present = rng.random((B, G)) < 0.85
+    valid = (rng.random((B, G)) < 0.8) & present
+    hit = (rng.random((B, G)) < rng.choice([0.0, 0.1, 0.9])) & valid
+    scores = np.where(hit, 1.0, np.where(valid, rng.choice([0.0, 0.01, 0.1], size=(B, G)), 0.0))
+    keys = tie_keys(int(seed), 3, np.arange(B), G)
+    found = select_pairs(
+        hit.astype(float), scores, keys, present_BG=present, valid_BG=valid, repair=repair
+    )
+    for b in range(B):
+        expected = _reference(hit[b].astype(float), scores[b], keys[b], present[b], valid[b], repair)
+        assert (found.anchor_B[b], found.positive_B[b], found.negative_B[b]) == expected
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(0, 2**32 - 1))
+def test_permuting_a_group_permutes_its_answer(seed):
+    rng = np.random.default_rng(seed)
+    G = int(rng.integers(2, 9))
+    scores = rng.choice([0.0, 0.01, 0.1], size=(1, G))
+    keys = tie_keys(int(seed), 0, np.array([5]), G)
+    order = rng.permutation(G)
+    plain = select_pairs(np.zeros((1, G)), scores, keys)
+    moved = select_pairs(np.zeros((1, G)), scores[:, order], keys[:, order])
+    assert order[moved.anchor_B[0]] == plain.anchor_B[0]
+    assert order[moved.negative_B[0]] == plain.negative_B[0]

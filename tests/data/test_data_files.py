@@ -1,0 +1,193 @@
+"""The user's own files: formats, column map, timestamps, and everything that can be wrong with them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from datetime import UTC, date, datetime
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from recast_cli.data.files import ColumnMap, items_frame, parse_columns, parse_timestamps, source
+from recast_cli.data.readers import read_table
+from recast_cli.errors import DataError, RecipeError
+
+NEW_YEAR_2024 = 19_723 * 86_400.0  # 54 years of 365 days and 13 leap days after 1970
+
+
+def test_all_formats_give_the_same_tables(csv_files: tuple[Path, Path], tmp_path: Path) -> None:
+    log, catalogue = csv_files
+    expected = source(log, catalogue).load()
+    frame = pl.read_csv(log)  # typed: timestamps are integers
+    frame.write_parquet(tmp_path / "log.parquet")
+    frame.write_ndjson(tmp_path / "log.jsonl")
+    frame.write_csv(tmp_path / "log.tsv", separator="\t")
+    for name in ("log.csv", "log.jsonl"):
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+    atomic = "user_id:token\titem_id:token\ttimestamp:float\trating:float\n"
+    (tmp_path / "log.inter").write_text(
+        atomic + "".join("\t".join(map(str, row)) + "\n" for row in frame.rows())
+    )
+    for name in ("log.parquet", "log.jsonl", "log.tsv", "log.csv.gz", "log.jsonl.gz", "log.inter"):
+        found = source(tmp_path / name, catalogue).load()
+        columns = ["row", "user_id", "item_id", "timestamp"]
+        assert found.interactions.select(columns).equals(expected.interactions.select(columns)), name
+        assert found.items.equals(expected.items)
+
+
+def test_text_joins_title_and_text_columns_but_no_numbers(csv_files: tuple[Path, Path]) -> None:
+    items = source(*csv_files).load().items
+    assert items["text"].to_list() == ["Alpha | Action", "Beta | Drama", "Gamma", "Delta | Comedy", "Eta"]
+    chosen = source(*csv_files, ColumnMap(text=("price", "genre"))).load().items
+    assert chosen["text"].to_list()[:3] == ["Alpha | 1 | Action", "Beta | 2 | Drama", "Gamma | 3"]
+    assert source(*csv_files, ColumnMap(text=())).load().items["text"].to_list()[0] == "Alpha"
+
+
+def test_text_is_tidied_and_lists_are_joined() -> None:
+    table = pl.DataFrame(
+        {
+            "item_id": ["1", "2", "3"],
+            "title": ["  Two\n lines ", " ", None],
+            "tags": [["x", "y"], ["z", None], []],
+        }
+    )
+    items = items_frame(table, ColumnMap(), "t")
+    assert items["title"].to_list() == ["Two lines", None, None]
+    assert items["text"].to_list() == ["Two lines | x, y", "z", None]
+
+
+def test_ids_stay_as_they_are(tmp_path: Path) -> None:
+    log, catalogue = tmp_path / "log.csv", tmp_path / "items.csv"
+    log.write_text("\ufeffuser_id,item_id,timestamp\n007, 1.0 ,1\n,x,2\n", encoding="utf-8")
+    catalogue.write_text("item_id,title\nx,X\n")
+    interactions = source(log, catalogue).load().interactions
+    assert interactions["user_id"].to_list() == ["007", None]
+    assert interactions["item_id"].to_list() == ["1.0", "x"]
+
+
+def test_float_ids_of_pandas_become_whole_numbers(tmp_path: Path) -> None:
+    log, catalogue = tmp_path / "log.parquet", tmp_path / "items.csv"
+    frame = pl.DataFrame({"user_id": [1.0, float("nan"), 3.0], "item_id": [0.5, 1.0, 2.0], "timestamp": 1})
+    frame.write_parquet(log)
+    catalogue.write_text("item_id,title\nx,X\n")
+    interactions = source(log, catalogue).load().interactions
+    assert interactions["user_id"].to_list() == ["1", None, "3"]
+    assert interactions["item_id"].to_list() == ["0.5", "1.0", "2.0"]
+
+
+def test_column_map(csv_files: tuple[Path, Path]) -> None:
+    log, catalogue = csv_files
+    log.write_text(log.read_text().replace("user_id,item_id,timestamp", "who,what,when"))
+    catalogue.write_text(catalogue.read_text().replace("item_id,title", "sku,name"))
+    columns = parse_columns("user_id=who, item_id=what,timestamp=when,title=name,items.item_id=sku", "genre")
+    expected = ColumnMap("who", "what", "when", catalogue_item_id="sku", title="name", text=("genre",))
+    assert columns == expected
+    tables = source(log, catalogue, columns).load()
+    assert tables.interactions["user_id"].to_list()[0] == "u1"
+    assert tables.items["text"].to_list()[0] == "Alpha | Action"
+
+
+@pytest.mark.parametrize("text", ["user=who", "user_id", "user_id=", "=x"])
+def test_bad_column_map(text: str) -> None:
+    with pytest.raises(RecipeError, match="needed ours=theirs"):
+        parse_columns(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("2024-01-01", NEW_YEAR_2024),
+        ("2024-01-01T00:00:01", NEW_YEAR_2024 + 1),
+        ("2024-01-01 00:01", NEW_YEAR_2024 + 60),
+        ("2024-01-01T01:00:00Z", NEW_YEAR_2024 + 3600),
+        ("2024-01-01T01:00:00+01:00", NEW_YEAR_2024),
+        ("2024-01-01T01:00-0100", NEW_YEAR_2024 + 7200),
+        ("2024-01-01 00:00:00.25", NEW_YEAR_2024 + 0.25),
+        (" 12.5 ", 12.5),
+        ("1e9", 1e9),
+        ("NaN", None),
+        ("inf", None),
+        ("yesterday", None),
+        ("2024-13-01", None),
+        ("", None),
+    ],
+)
+def test_timestamps(text: str, seconds: float | None) -> None:
+    found, as_found = parse_timestamps(pl.Series("timestamp", [text]), "log.csv")
+    assert found.to_list() == [seconds]
+    assert as_found.to_list() == [text]
+
+
+def test_typed_timestamps() -> None:
+    for values in ([date(2024, 1, 1)], [datetime(2024, 1, 1)], [datetime(2024, 1, 1, tzinfo=UTC)]):
+        assert parse_timestamps(pl.Series(values), "t")[0].to_list() == [NEW_YEAR_2024]
+    floats = pl.Series([1.5, float("nan"), float("inf"), None])
+    assert parse_timestamps(floats, "t")[0].to_list() == [1.5, None, None, None]
+
+
+def test_numbers_and_dates_cannot_be_mixed() -> None:
+    with pytest.raises(DataError, match=r"mixes numbers \(17\) and dates \(2024-01-01\)"):
+        parse_timestamps(pl.Series("timestamp", ["2024-01-01", "17"]), "log.csv")
+
+
+HEAD = b"user_id,item_id,timestamp\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("log.csv", b"", "is empty"),
+        ("log.csv", b" \n\n", "is empty"),
+        ("log.csv", HEAD, "has 0 rows"),
+        ("log.csv", HEAD + b"u,caf\xe9,1\n", "is not UTF-8: byte 0xe9 in line 2"),
+        ("log.csv", "us\xe9r,item_id\nu,1\n".encode("latin-1"), "is not UTF-8: byte 0xe9 in line 1"),
+        ("log.csv", (HEAD.decode() + "u,1,1\n").encode("utf-16"), "is UTF-16, needed UTF-8"),
+        ("log.csv", HEAD + b"u,1,1,7\n", "a row with more fields than its header"),
+        ("log.csv", HEAD + b'"u,1,1\nu,2,2\n', "a quote that is never closed"),
+        ("log.csv", b"user,item_id,timestamp\nu,1,1\n", r"no column 'user_id' \(found: user, item_id,"),
+        ("log.csv.gz", gzip.compress(HEAD + b"u,1,1\n" * 99)[:-9], "is not a whole gzip file"),
+        ("log.csv.gz", HEAD, "is not a whole gzip file"),
+        ("log.jsonl", b'{"user_id": 1}\n{"user_id": \n', r"line 2: not readable JSON"),
+        ("log.jsonl", b'{"user_id": 1}\n[1, 2]\n', r"line 2: found a JSON list, needed an object"),
+        (
+            "log.jsonl",
+            b'{"timestamp": 1.0}\n{"timestamp": NaN}\n',
+            r"line 2: not readable JSON \(NaN is not JSON",
+        ),
+        ("log.jsonl", b'{"user_id": "caf\xe9"}\n', "is not UTF-8"),
+        ("log.parquet", b"PAR1 not really", "is not a readable parquet file"),
+        ("log.xlsx", b"PK", r"ends in '.xlsx', needed one of .csv"),
+        ("log.parquet.gz", b"PK", r"ends in '.parquet.gz', needed one of"),
+        ("log", HEAD, r"ends in '', needed one of"),
+    ],
+)
+def test_bad_files_are_told_in_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    path, catalogue = tmp_path / name, tmp_path / "items.csv"
+    path.write_bytes(content)
+    catalogue.write_text("item_id,title\n1,One\n")
+    with pytest.raises(DataError, match=message) as caught:
+        source(path, catalogue).load()
+    assert str(path) in caught.value.message
+    assert "\n" not in caught.value.message and caught.value.hint
+
+
+def test_missing_file_and_folder(csv_files: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere.csv does not exist"):
+        source(tmp_path / "nowhere.csv", csv_files[1])
+    with pytest.raises(DataError, match="is a folder, needed a file"):
+        source(csv_files[0], tmp_path)
+
+
+def test_nested_ids_are_refused(tmp_path: Path, csv_files: tuple[Path, Path]) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text(json.dumps({"user_id": {"a": 1}, "item_id": 1, "timestamp": 1}) + "\n")
+    with pytest.raises(DataError, match="column 'user_id' holds Struct"):
+        source(path, csv_files[1]).load()
+
+
+def test_read_table_keeps_row_order(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("a\n" + "".join(f"{n}\n" for n in range(5000)))
+    assert read_table(path)["a"].to_list() == [str(n) for n in range(5000)]
