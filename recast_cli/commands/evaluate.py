@@ -11,10 +11,7 @@ if TYPE_CHECKING:
     from recast_cli.evaluation.results import Evaluation
 
 COLUMNS = ("hr@1", "hr@5", "hr@10", "hr@50", "ndcg@10", "mrr@10", "coverage@10", "invalid_share")
-TITLES = {
-    "history_removed": "history removed (headline): items of the history cannot be answered",
-    "history_kept": "history kept: the whole catalogue can be answered",
-}
+TITLES = {"history_removed": "history removed (headline)", "history_kept": "history kept"}
 LABELS = {"model": "model", "popularity": "popularity", "item_knn": "item-kNN"}
 
 
@@ -104,7 +101,7 @@ def print_evaluation(evaluation: Evaluation) -> None:
             for arm, values in evaluation.arms.items()
         ]
         cells = [[v.mean if isinstance(v, Interval) else v for v in row] for row in rows]
-        print_table(f"{facts['dataset']['name']}, {facts['split']}, {title}", ["", *names], cells)
+        print_table(f"{facts['dataset']['name']}, {facts['split']}: {title}", ["", *names], cells)
     model = evaluation.arms["model"]["history_removed"]
     lines = [
         f"{name} {value.mean:.4g}, 95 % interval {value.low:.4g} to {value.high:.4g}"

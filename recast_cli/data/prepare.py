@@ -82,7 +82,7 @@ def prepare(
     cleaned = clean(source.load(), strict=params.strict, drop_bad_timestamps=params.drop_bad_timestamps)
     events, items, removed = _filter(cleaned, params.k_core)
     with atomic_dir(out, replace=overwrite) as folder:
-        cleaned.dropped.write_csv(folder / "dropped.csv")
+        (folder / "dropped.csv").write_text(cleaned.dropped.write_csv(), encoding="utf-8")
         rows = _write_tables(folder, events, items, params)
         manifest = write_manifest(
             folder,

@@ -53,16 +53,17 @@ def load_model(model_dir: Path, vocab_size: int, device: str) -> Any:
     try:
         # float32 on the CPU, where half precision is slow; the stored type elsewhere.
         dtype = torch.float32 if device == "cpu" else "auto"
-        model, loaded = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             model_dir, dtype=dtype, local_files_only=True, output_loading_info=True
         )
+        model, info = loaded
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as exc:
         raise ArtifactError(
             f"{model_dir} cannot be loaded: {' '.join(str(exc).split())[:300]}", hint
         ) from exc
     finally:
         logging.set_verbosity(verbosity)
-    if missing := sorted(loaded["missing_keys"]):  # transformers draws them at random
+    if missing := sorted(info["missing_keys"]):  # transformers draws them at random
         raise ArtifactError(f"{model_dir} lacks weights: {', '.join(missing[:3])}", hint)
     rows = model.get_input_embeddings().weight.shape[0]
     if rows < vocab_size:

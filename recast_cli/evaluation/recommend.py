@@ -121,10 +121,10 @@ def _hint(unknown: str, item_ids: Sequence[str], titles: Sequence[str]) -> str:
     """Items whose title holds the text, else items with a similar id, else with a similar title."""
     wanted, names = unknown.casefold().strip(), [(title or "").casefold() for title in titles]
     rows = [row for row, title in enumerate(names) if len(wanted) > 2 and wanted in title]
-    for texts in (item_ids, names):
+    for text, texts in ((unknown, item_ids), (wanted, names)):
         if not rows:
-            close = difflib.get_close_matches(wanted, texts, n=MAX_MATCHES)
-            rows = [texts.index(text) for text in close]
+            close = difflib.get_close_matches(text, texts, n=MAX_MATCHES, cutoff=0.5)
+            rows = [texts.index(match) for match in close]
     if not rows:
         return "item ids are in the column item_id of items.parquet"
     named = [f"{item_ids[row]} ({titles[row]})" if titles[row] else item_ids[row] for row in rows]

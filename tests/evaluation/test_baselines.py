@@ -18,6 +18,9 @@ from recast_cli.evaluation import baselines
 from recast_cli.evaluation.baselines import ItemKNN, Popularity, rank, ranked_lists
 from recast_cli.evaluation.split import Split, load_split
 
+# `implicit` complains about a matrix that it makes itself.
+pytestmark = pytest.mark.filterwarnings("ignore:Method expects CSR input")
+
 
 def arrays(histories: list[list[int]]) -> list[np.ndarray]:
     return [np.array(history, dtype=np.int64) for history in histories]
@@ -151,11 +154,11 @@ def assert_same_lists(model: Any, split: Split, ours: Popularity | ItemKNN, widt
 
 
 def without_self_similarity(model: Any) -> Any:
-    model.similarity.setdiag(0)
-    model.similarity.eliminate_zeros()
-    model.scorer = None
+    """Theirs counts an item as its own neighbour."""
     from implicit._nearest_neighbours import NearestNeighboursScorer
 
+    model.similarity.setdiag(0)
+    model.similarity.eliminate_zeros()
     model.scorer = NearestNeighboursScorer(model.similarity)
     return model
 

@@ -1,0 +1,102 @@
+"""`recast demo`: the whole product on MovieLens-100K; `make demo` calls it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+METRICS = ("hr@1", "hr@10", "ndcg@10", "target_log_prob")
+LABELS = {
+    "warm_start": "warm start",
+    "rl": "+ ReCast",
+    "grpo": "+ stock GRPO",
+    "sft_continued": "+ continued SFT",
+    "popularity": "popularity",
+    "item_knn": "item-kNN",
+}
+# A shortened demo walks the same path with almost no training.
+SHORT = ["warm_start.epochs=1", "rl.steps=2", "rl.prompts_per_step=4", "rl.warmup_steps=0"]
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the demo's runs.")] = Path("runs/demo"),
+    data: Annotated[Path, typer.Option(help="Folder of dataset and tokenizer.")] = Path("data"),
+    short: Annotated[bool, typer.Option("--short", help="A few steps only: same path, no result.")] = False,
+) -> None:
+    """Logs to a ReCast-trained recommender on MovieLens-100K, step by step, and one table at the end."""
+    import os
+    import shlex
+    import subprocess
+    import sys
+    import time
+
+    from recast_cli.artifacts import atomic_text
+    from recast_cli.console import note
+    from recast_cli.demo import Layout, commands, evaluation_is_current, summarise
+    from recast_cli.errors import EnvironmentFault
+
+    recipes = Path(__file__).resolve().parents[2] / "recipes" / "ml-100k"
+    layout = Layout(data=data, run=out, recipes=Path(os.path.relpath(recipes)))
+    profile = ["--steps", "1", "--prompts", "4"] if short else ["--steps", "4"]
+    started = time.monotonic()
+    for arguments in commands(layout, SHORT if short else [], profile):
+        if arguments[0] == "evaluate" and evaluation_is_current(layout, arguments):
+            note(f"reusing {arguments[arguments.index('--out') + 1]}")
+            continue
+        if arguments[0] == "profile" and (out / "profile" / "profile.json").exists():
+            note(f"reusing {out / 'profile'}")
+            continue
+        note(f"\n$ recast {shlex.join(arguments)}   [{time.monotonic() - started:.0f} s]")
+        # Each command is a process of its own, as a user would type it: its memory goes when it ends.
+        finished = subprocess.run([sys.executable, "-m", "recast_cli.main", *arguments], check=False)
+        if finished.returncode:
+            raise EnvironmentFault(
+                f"`recast {arguments[0]}` ended with exit code {finished.returncode}",
+                "mend what it says above and run the demo again: finished steps are reused",
+            )
+    summary = summarise(layout)
+    summary["seconds"] = round(time.monotonic() - started, 1)
+    import json
+
+    atomic_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    _show(summary, out)
+
+
+def _show(summary: dict[str, Any], out: Path) -> None:
+    from recast_cli.console import note, print_table
+
+    rows = []
+    for arm, values in {**summary["evaluation"], **summary["baselines"]}.items():
+        difference = summary["difference"].get(arm, {}).get("ndcg@10")
+        change = (
+            "" if difference is None else f"{difference[0]:+.4f} [{difference[1]:+.4f}, {difference[2]:+.4f}]"
+        )
+        rows.append([LABELS[arm], *(values.get(name) for name in METRICS), change])
+    columns = ["", *METRICS, "ndcg@10 against warm start, 95 %"]
+    users, items = summary["num_users"], summary["num_items"]
+    print_table(
+        f"Test, history removed, {users} users, all {items} items ranked, RL rows: {summary['rl_rows']}",
+        columns,
+        rows,
+    )
+    signal = summary["signal"]
+    print_table(
+        "Signal of the full groups, mean over the RL steps",
+        ["groups with", "share"],
+        [
+            ["no hit, as sampled", signal["all_zero"]],
+            ["one hit", signal["single_hit"]],
+            ["several hits", signal["multi_hit"]],
+            ["no hit, after repair", signal["all_zero_after_repair"]],
+        ],
+    )
+    ratio = summary["cost"]["ratio"]
+    print_table(
+        "Actor cost, stock GRPO over ReCast, same rollouts",
+        ["phase", "times"],
+        [[name.replace("_", " "), float(value)] for name, value in ratio.items() if value is not None],
+    )
+    note(f"invalid items: {summary['invalid_items']}   seconds: {summary['seconds']}")
+    note(f"summary: {out / 'summary.json'}   run directory: {out}")

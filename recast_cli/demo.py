@@ -1,0 +1,174 @@
+"""The whole product on MovieLens-100K: the commands of the demo, and one summary of what they left behind."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from recast_cli.core.ranking import Interval, paired_bootstrap
+
+# Arm of the summary -> folder of its model below the run directory.
+ARMS = {
+    "warm_start": "warm_start/model",
+    "rl": "recast/model",
+    "grpo": "grpo/model",
+    "sft_continued": "sft-continued/model",
+}
+RECIPES = {"rl": "recast", "grpo": "grpo", "sft_continued": "sft-continued"}
+SPLITS = ("validation", "test")
+SIGNAL = ("all_zero", "single_hit", "multi_hit", "hit_rate", "invalid", "duplicate", "all_zero_after_repair")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the demo keeps things.
+
+    Attributes:
+        data: Datasets and tokenizer, shared between demos.
+        run: This demo's runs.
+        recipes: Folder of the ML-100K recipes.
+    """
+
+    data: Path
+    run: Path
+    recipes: Path
+
+    @property
+    def dataset(self) -> Path:
+        return self.data / "ml-100k"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.data / "ml-100k-tokenizer"
+
+    def evaluation(self, arm: str, split: str) -> Path:
+        return self.run / "evaluation" / f"{arm}-{split}.json"
+
+
+def commands(layout: Layout, overrides: list[str], profile_options: list[str]) -> list[list[str]]:
+    """Command lines of the demo, in order, as arguments of `recast`.
+
+    Args:
+        overrides: Recipe overrides of every training run (`key=value`).
+        profile_options: Further options of `recast profile`.
+    """
+    shared = [
+        f"data={layout.dataset}",
+        f"tokenizer={layout.tokenizer}",
+        f"warm_start.out={layout.run / 'warm_start'}",
+        *overrides,
+    ]
+    steps = [
+        ["prepare-data", "ml-100k", "--out", str(layout.dataset)],
+        ["build-tokenizer", "--data", str(layout.dataset), "--out", str(layout.tokenizer)],
+    ]
+    for recipe in RECIPES.values():
+        path = str(layout.recipes / f"{recipe}.yaml")
+        steps.append(["train", path, f"out={layout.run / recipe}", *shared])
+    for split in SPLITS:
+        for arm, model in ARMS.items():
+            baselines = "--baselines" if arm == "warm_start" else "--no-baselines"
+            where = ["--data", str(layout.dataset), "--tokenizer", str(layout.tokenizer)]
+            out = ["--out", str(layout.evaluation(arm, split))]
+            steps.append(
+                ["evaluate", *where, "--model", str(layout.run / model), "--split", split, *out, baselines]
+            )
+    recast = str(layout.recipes / "recast.yaml")
+    profile = ["profile", recast, f"out={layout.run / 'profile-runs'}", *shared]
+    steps.append([*profile, "--out", str(layout.run / "profile"), *profile_options])
+    return steps
+
+
+def evaluation_is_current(layout: Layout, arguments: list[str]) -> bool:
+    """True if an `evaluate` command's result is there and was made from the model that is there now."""
+    out, model = (
+        Path(arguments[arguments.index("--out") + 1]),
+        Path(arguments[arguments.index("--model") + 1]),
+    )
+    weights = model / "model.safetensors"
+    # A model is written once, at the end of its run: a newer result is of that model.
+    return out.exists() and weights.exists() and out.stat().st_mtime > weights.stat().st_mtime
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def summarise(layout: Layout) -> dict[str, Any]:
+    """Everything the demo measured, from the files of its commands.
+
+    `evaluation` is the test split with items of the history removed; `evaluation_history_kept`, `validation`
+    and `validation_history_kept` stand beside it; `difference` is each arm minus the warm start over the same
+    test users, with a paired bootstrap interval.
+    """
+    found = {(arm, split): _read(layout.evaluation(arm, split)) for arm in ARMS for split in SPLITS}
+    headline = found["warm_start", "test"]
+
+    def table(split: str, mode: str) -> dict[str, Any]:
+        return {arm: found[arm, split]["metrics"][mode]["model"] for arm in ARMS}
+
+    profile = _read(layout.run / "profile" / "profile.json")
+    dataset = _read(layout.dataset / "manifest.json")
+    return {
+        "rl_rows": dataset["params"]["rl_rows"],
+        "num_users": headline["num_users"],
+        "num_items": headline["num_items"],
+        "evaluation": table("test", "history_removed"),
+        "evaluation_history_kept": table("test", "history_kept"),
+        "validation": table("validation", "history_removed"),
+        "validation_history_kept": table("validation", "history_kept"),
+        "baselines": {
+            name: headline["metrics"]["history_removed"][name] for name in ("popularity", "item_knn")
+        },
+        "difference": {arm: _differences(layout, arm) for arm in RECIPES},
+        "signal": _signal(layout.run / "recast" / "metrics.jsonl"),
+        "warm_start": {
+            key: _read(layout.run / "warm_start" / "manifest.json")[key] for key in ("best_epoch", "epochs")
+        },
+        "recipes": {
+            arm: _read(layout.run / name / "manifest.json")["recipe"] for arm, name in RECIPES.items()
+        },
+        "cost": profile["cost"],
+        "invalid_items": sum(
+            values["metrics"][mode]["model"]["invalid_items"]
+            for values in found.values()
+            for mode in ("history_removed", "history_kept")
+        ),
+    }
+
+
+def _signal(metrics: Path) -> dict[str, float]:
+    """Means over the RL steps of what the trainer logged about its full groups."""
+    records = [json.loads(line)["data"] for line in metrics.read_text(encoding="utf-8").splitlines()]
+    return {name: float(np.mean([record[f"signal/{name}"] for record in records])) for name in SIGNAL}
+
+
+def _differences(layout: Layout, arm: str) -> dict[str, list[float]]:
+    """[mean, low, high] of arm minus warm start on the test users: target log-prob and metrics at 10."""
+    first, second = (
+        pl.read_parquet(layout.evaluation(name, "test").with_suffix(".parquet")).sort("index")
+        for name in ("warm_start", arm)
+    )
+    assert first["index"].equals(second["index"]), "both arms are evaluated on the same users"
+
+    def values(users: pl.DataFrame) -> dict[str, np.ndarray]:
+        rank = users["rank_removed"].fill_null(np.iinfo(np.int32).max).to_numpy()
+        return {
+            "target_log_prob": users["target_log_prob"].to_numpy(),
+            "target_prob": np.exp(users["target_log_prob"].to_numpy()),
+            "hr@1": rank <= 1,
+            "hr@10": rank <= 10,
+            "ndcg@10": np.where(rank <= 10, 1 / np.log2(rank + 1.0), 0.0),
+        }
+
+    before, after = values(first), values(second)
+
+    def row(interval: Interval) -> list[float]:
+        return [interval.mean, interval.low, interval.high]
+
+    return {name: row(paired_bootstrap(before[name], after[name], seed=0)) for name in before}
