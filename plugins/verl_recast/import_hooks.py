@@ -14,14 +14,14 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 _pending: dict[str, list[Callable[[], None]]] = {}
+_searching: set[str] = set()
 
 
 class _RunAfter(importlib.abc.Loader):
     """Loads with the module's own loader, then runs the callbacks."""
 
-    def __init__(self, loader: importlib.abc.Loader, callbacks: list[Callable[[], None]]) -> None:
+    def __init__(self, loader: importlib.abc.Loader) -> None:
         self.loader = loader
-        self.callbacks = callbacks
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -30,23 +30,24 @@ class _RunAfter(importlib.abc.Loader):
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self.loader  # leave no trace in the module
         self.loader.exec_module(module)
-        for callback in self.callbacks:
+        for callback in _pending.get(module.__name__, []):
             callback()
+        _pending.pop(module.__name__, None)  # not before: an import that failed may be tried again
 
 
 class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        callbacks = _pending.pop(fullname, None)
-        if callbacks is None:
+        if fullname not in _pending or fullname in _searching:
             return None
-        spec = importlib.util.find_spec(
-            fullname
-        )  # comes back here, finds nothing pending, goes on to the next finder
-        if spec is None or spec.loader is None:
-            return spec
-        spec.loader = _RunAfter(spec.loader, callbacks)
+        _searching.add(fullname)  # the search below comes back here, and goes on to the next finder
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            _searching.discard(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _RunAfter(spec.loader)
         return spec
 
 

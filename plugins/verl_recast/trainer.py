@@ -14,10 +14,12 @@ import transfer_queue as tq
 from omegaconf import open_dict
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
+from verl import DataProto
 from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.debug import marked_timer
+from verl.utils.debug.metrics import calculate_debug_metrics
 from verl.utils.metric import reduce_metrics
 from verl.utils.py_functional import rename_dict
 
@@ -179,6 +181,27 @@ class PPOTrainerRecast(PPOTrainerSync):
         metrics["signal/padding_samples"] = num_padding
         metrics["signal/kept_tokens"] = int(np.sum([batch.tags[row]["seq_len"] for row in rows]))
         return small
+
+    def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        """As verl does, but anchors leave its comparison of rollout with actor: nobody sampled them.
+
+        The key of an anchor still holds the sampling log-probs of the rollout it replaced; the actor's own
+        take their place, so that the ratio is 1 wherever verl forms one.
+        """
+        anchors = [
+            key for key, tag in zip(batch.keys, batch.tags, strict=True) if tag.get("producer") == "anchor"
+        ]
+        batch = super()._compute_old_log_prob(batch, metrics)
+        if not anchors or not self.config.actor_rollout_ref.rollout.calculate_log_probs:
+            return batch
+        own = tq.kv_batch_get(keys=anchors, partition_id=batch.partition_id, select_fields=["old_log_probs"])
+        fields = TensorDict({"rollout_log_probs": own["old_log_probs"]}, batch_size=len(anchors))
+        tq.kv_batch_put(keys=anchors, partition_id=batch.partition_id, fields=fields)
+        names = ["responses", "response_mask", "rollout_log_probs", "old_log_probs"]
+        sampled = [key for key in batch.keys if key not in set(anchors)]
+        data = tq.kv_batch_get(keys=sampled, partition_id=batch.partition_id, select_fields=names)
+        metrics.update(calculate_debug_metrics(DataProto(batch=data.to_padded_tensor())))
+        return batch
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         batch = super()._compute_advantage(batch, metrics)

@@ -91,7 +91,9 @@ def _start_model(settings: Recipe, inputs: Inputs) -> Path:
     rows: list[list[Any]] = []
 
     def score(model: Path) -> dict[str, float]:
-        return evaluate_model(model, inputs.tokenizer, inputs.data, "validation").means()
+        return evaluate_model(
+            model, inputs.tokenizer, inputs.data, "validation", modes=("history_removed",)
+        ).means()
 
     steps = run.warm_start_steps(settings, inputs)
     with progress("warm start", steps) as advance:

@@ -198,10 +198,8 @@ def _draw(log_probs_BSK: torch.Tensor, slots_BG: torch.Tensor, uniforms_BG: torc
     if not bool((total_BS1 > 0).all()):
         raise ValueError("the model gave logits that are not finite")
     index_BG1 = slots_BG[..., None]
-    total_BG1 = total_BS1.gather(1, index_BG1)
-    # Rounding may lift the largest uniforms to the total, which nothing exceeds: stay one step below.
-    highest_BG1 = total_BG1.nextafter(torch.zeros_like(total_BG1))
-    reached_BG1 = torch.minimum(uniforms_BG[..., None] * total_BG1, highest_BG1)
+    # A float64 below 1 times the total rounds to less than the total, so some code always exceeds.
+    reached_BG1 = uniforms_BG[..., None] * total_BS1.gather(1, index_BG1)
     exceeds_BGK = cdf_BSK.gather(1, index_BG1.expand(-1, -1, cdf_BSK.shape[-1])) > reached_BG1
     return exceeds_BGK.byte().argmax(dim=-1)
 

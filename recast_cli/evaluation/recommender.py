@@ -219,10 +219,7 @@ class Recommender:
             use_cache=False,
             logits_to_keep=num_levels,  # the last prompt token predicts code 0
         ).logits[:, -num_levels:]
-        log_probs_BLV = logits_BTV.double().log_softmax(dim=-1)
-        return (
-            log_probs_BLV.gather(2, answers_BL.to(self.model.device)[..., None])[..., 0]
-            .sum(dim=1)
-            .cpu()
-            .numpy()
-        )
+        logits_BLV, answers_BL = logits_BTV.float(), answers_BL.to(self.model.device)
+        chosen_BL = logits_BLV.gather(2, answers_BL[..., None])[..., 0]
+        log_probs_BL = chosen_BL - logits_BLV.logsumexp(dim=-1)
+        return log_probs_BL.double().sum(dim=1).cpu().numpy()

@@ -127,15 +127,7 @@ def build(
     quantize.check_capacity(len(items), params.codebook_sizes)
     started = time.perf_counter()
     with atomic_dir(out, replace=overwrite) as scratch:
-        embeddings_ND = _embeddings(data, items, params, progress)
-        nearest = quantize.residual_kmeans(embeddings_ND, params.codebook_sizes, seed=params.seed)
-        resolved = resolve_collisions(embeddings_ND, nearest.codes_NL, nearest.codebooks)
-        facts = report.quality(embeddings_ND, nearest, resolved)
-        np.save(scratch / "embeddings.npy", embeddings_ND)
-        _write_semantic_ids(scratch, items["item_id"], resolved, params)
-        made = _write_model(scratch, params, chat_template)
-        atomic_text(scratch / "quality.json", json.dumps(facts, indent=2) + "\n")
-        report.draw(scratch / "quality.png", facts, resolved.codes_NL)
+        facts, made = _write_files(scratch, data, items, params, chat_template, progress)
         if finish is not None:
             finish(scratch)
         manifest = write_manifest(
@@ -147,17 +139,39 @@ def build(
             num_levels=len(params.codebook_sizes),
             codebook_sizes=list(params.codebook_sizes),
             params=recorded,
-            model={
-                "architecture": made.architecture,
-                "num_parameters": made.num_parameters,
-                "dtype": made.dtype,
-                "vocab_size": made.vocabulary.vocab_size,
-                "embedding_rows": made.vocabulary.embedding_rows,
-            },
+            model=made,
             quality=facts,
             seconds=round(time.perf_counter() - started, 2),
         )
     return manifest, False
+
+
+def _write_files(
+    scratch: Path,
+    data: Path,
+    items: pl.DataFrame,
+    params: TokenizerParams,
+    chat_template: str,
+    progress: Progress | None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Everything but the manifest; returns the quality report and what the manifest says of the model."""
+    embeddings_ND = _embeddings(data, items, params, progress)
+    nearest = quantize.residual_kmeans(embeddings_ND, params.codebook_sizes, seed=params.seed)
+    resolved = resolve_collisions(embeddings_ND, nearest.codes_NL, nearest.codebooks)
+    facts = report.quality(embeddings_ND, nearest, resolved)
+    np.save(scratch / "embeddings.npy", embeddings_ND)
+    _write_semantic_ids(scratch, items["item_id"], resolved, params)
+    atomic_text(scratch / "quality.json", json.dumps(facts, indent=2) + "\n")
+    report.draw(scratch / "quality.png", facts, resolved.codes_NL)
+    made = _write_model(scratch, params, chat_template)
+    atomic_text(scratch / "vocabulary.json", made.vocabulary.to_json())
+    return facts, {
+        "architecture": made.architecture,
+        "num_parameters": made.num_parameters,
+        "dtype": made.dtype,
+        "vocab_size": made.vocabulary.vocab_size,
+        "embedding_rows": made.vocabulary.embedding_rows,
+    }
 
 
 def _recorded(params: TokenizerParams, chat_template: str) -> dict[str, Any]:
@@ -247,7 +261,7 @@ def _write_semantic_ids(
 def _write_model(scratch: Path, params: TokenizerParams, chat_template: str) -> model.ModelFacts:
     folder = scratch / "model"
     if params.base_model is None:
-        made = model.write_scratch_model(
+        return model.write_scratch_model(
             folder,
             params.codebook_sizes,
             chat_template=chat_template,
@@ -255,13 +269,10 @@ def _write_model(scratch: Path, params: TokenizerParams, chat_template: str) -> 
             hidden_size=params.hidden_size,
             num_layers=params.num_layers,
         )
-    else:
-        made = model.write_expanded_model(
-            folder,
-            Path(params.base_model),
-            params.codebook_sizes,
-            chat_template=chat_template,
-            seed=params.seed,
-        )
-    atomic_text(scratch / "vocabulary.json", made.vocabulary.to_json())
-    return made
+    return model.write_expanded_model(
+        folder,
+        Path(params.base_model),
+        params.codebook_sizes,
+        chat_template=chat_template,
+        seed=params.seed,
+    )

@@ -17,9 +17,10 @@ from typing import Any
 from recast_cli.errors import EnvironmentFault
 
 _POLL_SECONDS = 0.2
-# A line that names what went wrong, as Python and Ray print it.
+# A line that names what went wrong, as Python, Ray ("(actor pid=1) ...") and torchrun ("[rank0]: ...") print it.
 _CAUSE = re.compile(
-    r"^(?:\x1b\[\d+m)?(?:\([^)]*\)\s*)?(?:\x1b\[\d+m)?\s*((?:[\w.]+\.)?\w*(?:Error|Exception|Fault): .+)"
+    r"^(?:\x1b\[\d+m)?(?:\([^)]*\)\s*|\[rank\d+\]:\s*)?(?:\x1b\[\d+m)?\s*"
+    r"((?:[\w.]+\.)?\w*(?:Error|Exception|Fault): .+)"
 )
 
 

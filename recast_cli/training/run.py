@@ -149,7 +149,9 @@ def warm_start(
             f"{rows} SFT windows are less than one batch of {settings.batch_size}",
             "set warm_start.batch_size",
         )
-    with atomic_dir(warm_start_dir(recipe)) as scratch:
+    folder = warm_start_dir(recipe).resolve()  # verl runs in another working directory
+    log = folder.with_name(f"{folder.name}.log")  # outside the scratch folder: it must outlive a failure
+    with atomic_dir(folder) as scratch:
         work = scratch / "work"
         work.mkdir()
         arguments = verl_args.sft_arguments(
@@ -162,15 +164,16 @@ def warm_start(
             learning_rate=settings.learning_rate,
             max_length=inputs.prompt_length - 1 + inputs.item_tokens,
         )
-        run_sft(recipe, arguments, work, scratch / "warm_start.log", scratch / "metrics.jsonl", on_step)
+        run_sft(recipe, arguments, work, log, scratch / "metrics.jsonl", on_step)
         epochs = []
-        for number, folder in enumerate(hf_checkpoints(work / "checkpoints"), start=1):
-            epochs.append((folder, score(folder)))
+        for number, checkpoint in enumerate(hf_checkpoints(work / "checkpoints"), start=1):
+            epochs.append((checkpoint, score(checkpoint)))
             if on_epoch is not None:
                 on_epoch(number, epochs[-1][1])
         best = max(range(len(epochs)), key=lambda i: (epochs[i][1]["ndcg@10"], -i))
         shutil.move(epochs[best][0], scratch / "model")
         shutil.rmtree(work)
+        shutil.move(log, scratch / "warm_start.log")
         facts = {"epochs": [metrics for _, metrics in epochs], "best_epoch": best + 1}
         return write_manifest(
             scratch,

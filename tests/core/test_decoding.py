@@ -9,6 +9,8 @@ from math import inf
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import chi2
 from transformers import (
     LlamaConfig,
@@ -264,6 +266,21 @@ def test_draw_by_hand() -> None:
     points = torch.tensor([[0.0, 0.2499, 0.2501, 0.9999, largest]], dtype=torch.float64)
     codes = _draw(log_probs, torch.zeros(1, 5, dtype=torch.int64), points)
     assert codes.tolist() == [[1, 1, 3, 3, 3]]
+
+
+@given(
+    st.lists(st.floats(-60, 60, width=32), min_size=1, max_size=6), st.integers(0, 5), st.integers(1, 2**53)
+)
+@settings(deadline=None)
+def test_draw_is_always_possible(logits: list[float], hole: int, steps: int) -> None:
+    """Also for the uniforms next to 1, whatever the probabilities add up to."""
+    log_probs = torch.tensor([[[-inf, *logits, -inf]]])
+    if hole < len(logits) > 1:
+        log_probs[0, 0, 1 + hole] = -inf
+    log_probs = log_probs.log_softmax(-1)
+    points = torch.tensor([[1 - steps * 2.0**-53, 1 - 2.0**-53]], dtype=torch.float64)
+    for code in _draw(log_probs, torch.zeros(1, 2, dtype=torch.int64), points)[0].tolist():
+        assert log_probs[0, 0, code] > -inf
 
 
 def test_draw_takes_the_distribution_of_its_slot() -> None:

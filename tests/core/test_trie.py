@@ -175,7 +175,7 @@ def test_exclusion_errors(small: Trie) -> None:
     with pytest.raises(ValueError, match=r"rows 0\.\.2, found -1"):
         small.exclusion([[-1]])
     root = torch.zeros(1, dtype=torch.int64)
-    for history in ([0], []):
+    for history in ([1], []):  # with and without closed nodes at the root
         exclusion = small.exclusion([history])
         with pytest.raises(ValueError, match="no item left for its request"):
             small.mask(0, root, exclusion, torch.tensor([1]))
@@ -259,9 +259,11 @@ def test_a_damaged_file_is_an_error(small: Trie, tmp_path) -> None:
     small.save(path)
     with np.load(path) as file:
         arrays = dict(file)
-    np.savez(path, **(arrays | {"leaf_item": arrays["leaf_item"][:-1]}))
-    with pytest.raises(ValueError, match="its levels do not fit together"):
-        Trie.load(path)
+    shorter = {name: arrays[name][:-1] for name in ("leaf_item", "ptr_0", "codes_0")}
+    for damage in (*({name: array} for name, array in shorter.items()), {"ptr_0": arrays["ptr_0"] + [0, 1]}):
+        np.savez(path, **(arrays | damage))
+        with pytest.raises(ValueError, match="its levels do not fit together"):
+            Trie.load(path)
     with pytest.raises(FileNotFoundError):
         Trie.load(tmp_path / "none.npz")
 

@@ -56,3 +56,10 @@ def test_rows_that_do_not_fit_are_refused(write: Write) -> None:
     log.with_columns(item_id=pl.lit("i77")).write_parquet(data / "interactions.parquet")
     with pytest.raises(ArtifactError, match="8 interactions name no item"):
         load_split(data, "validation")
+
+
+def test_a_test_target_stays_unseen_where_a_user_has_no_validation_row(write: Write) -> None:
+    data = write(SEQUENCES, CODES, (2, 3)).data
+    validation = pl.read_parquet(data / "validation.parquet")
+    validation.filter(pl.col("user_id") == "a").write_parquet(data / "validation.parquet")
+    assert load_split(data, "validation").train_item_E.tolist() == [3, 1, 5, 2, 2]

@@ -51,13 +51,13 @@ class GroupLoopWorker(AgentLoopWorker):
         validate = bool(rows[0].pop("validate", False))
         partition = "val" if validate else "train"
         uids = [row["uid"] for row in rows]
+        tag = {"is_prompt": True, "status": "finished", "global_steps": int(rows[0]["global_steps"])}
         try:
             await self._roll_out(rows, validate=validate, partition=partition)
-            status = "finished"
-        except Exception:
+        except Exception as exc:
             logger.exception("rollout of %d prompts failed", len(rows))
-            status = "failure"
-        tag = {"is_prompt": True, "status": status, "global_steps": int(rows[0]["global_steps"])}
+            cause = getattr(exc, "cause", None) or exc  # Ray wraps what the server raised
+            tag |= {"status": "failure", "error": f"{type(cause).__name__}: {cause}"}
         await tq.async_kv_batch_put(keys=uids, partition_id=partition, tags=[tag] * len(uids))
 
     async def _roll_out(self, rows: list[dict[str, Any]], *, validate: bool, partition: str) -> None:

@@ -1,0 +1,191 @@
+"""Does RL raise the target's probability where the truth is known?
+
+On the synthetic generator, with RL rows that SFT has not seen: an early warm start, then each arm for the same
+number of updates on the same prompts. Reported per arm: change of the target's mean log-prob and of NDCG@10 on
+validation against the warm start, over all users and seeds, with a paired bootstrap interval.
+
+    python benchmarks/learning.py --out runs/learning --seeds 0 1 2
+
+A finished part is reused, so that an interrupted study goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from recast_cli.artifacts import atomic_text
+from recast_cli.core.ranking import paired_bootstrap
+from recast_cli.data import synthetic
+from recast_cli.data.prepare import Params, prepare
+from recast_cli.data.prompts import CHAT_TEMPLATE
+from recast_cli.data.render import render
+from recast_cli.evaluation.evaluate import evaluate_model
+from recast_cli.recipe import Recipe
+from recast_cli.tokenizer.build import TokenizerParams, build
+from recast_cli.training import run
+
+# Arm -> the recipe's method section.
+ARMS: dict[str, dict[str, Any]] = {
+    "grpo": {"name": "grpo"},
+    "recast": {"name": "recast", "w_positive": 1.0, "w_negative": 1.0},
+    "recast w-=0.25": {"name": "recast", "w_positive": 1.0, "w_negative": 0.25},
+    "recast w-=0": {"name": "recast", "w_positive": 1.0, "w_negative": 0.0},
+    "sft-continued": {"name": "sft-continued"},
+}
+
+
+def prepare_inputs(out: Path, seed: int, users: int, items: int) -> tuple[Path, Path]:
+    """Synthetic dataset with held-out RL rows, and its tokenizer."""
+    data, tokenizer = out / "data", out / "tokenizer"
+    config = synthetic.SyntheticConfig(num_users=users, num_items=items, seed=seed)
+    prepare(synthetic.source(config), Params(rl_rows="held-out", held_out_share=0.2), data, seed=seed)
+    params = TokenizerParams(
+        codebook_sizes=(16, 16, 16), embeddings="cooccurrence", hidden_size=64, num_layers=2, seed=seed
+    )
+    build(
+        data,
+        tokenizer,
+        params,
+        chat_template=CHAT_TEMPLATE,
+        finish=lambda scratch: render(data, scratch / "semantic_ids.parquet", scratch / "verl") and None,
+    )
+    return data, tokenizer
+
+
+def recipe_for(
+    out: Path, data: Path, tokenizer: Path, seed: int, arm: str, options: dict[str, Any]
+) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "data": str(data),
+            "tokenizer": str(tokenizer),
+            "out": str(out / arm.replace(" ", "-").replace("=", "")),
+            "seed": seed,
+            "device": "cpu",
+            "warm_start": {"out": str(out / "warm_start"), **options["warm_start"]},
+            "rl": options["rl"],
+            "method": ARMS[arm],
+        }
+    )
+
+
+def users_of(model: Path, data: Path, tokenizer: Path, cache: Path) -> pl.DataFrame:
+    """Target log-prob and NDCG@10 (history removed) of every validation user."""
+    if not cache.exists():
+        evaluate_model(model, tokenizer, data, "validation").users.write_parquet(cache)
+    users = pl.read_parquet(cache).sort("index")
+    rank = pl.col("rank_removed").cast(pl.Float64)
+    gain = pl.when(rank <= 10).then(1 / (rank + 1).log(2)).otherwise(0.0).fill_null(0.0)
+    return users.select("index", "target_log_prob", gain.alias("ndcg@10"))
+
+
+def run_seed(out: Path, seed: int, arms: list[str], options: dict[str, Any]) -> dict[str, pl.DataFrame]:
+    """Per-user values of the warm start and of every arm."""
+    folder = out / f"seed-{seed}"
+    data, tokenizer = prepare_inputs(folder, seed, options["users"], options["items"])
+    tables: dict[str, pl.DataFrame] = {}
+    for arm in arms:
+        recipe = recipe_for(folder, data, tokenizer, seed, arm, options)
+        inputs = run.Inputs.load(recipe)
+        warm = run.warm_start_dir(recipe) / "model"
+        if run.find_warm_start(recipe, inputs) is None:
+            run.warm_start(
+                recipe,
+                inputs,
+                score=lambda model: evaluate_model(model, tokenizer, data, "validation").means(),
+            )
+        if run.find_run(recipe, inputs) is None:
+            run.train(recipe, inputs, warm)
+        if "warm start" not in tables:
+            tables["warm start"] = users_of(warm, data, tokenizer, folder / "warm-start-users.parquet")
+        cache = folder / f"{Path(recipe.out).name}-users.parquet"
+        tables[arm] = users_of(Path(recipe.out) / "model", data, tokenizer, cache)
+        print(f"seed {seed} {arm}: log-prob {tables[arm]['target_log_prob'].mean():.4f}", flush=True)
+    return tables
+
+
+def differences(found: list[dict[str, pl.DataFrame]]) -> dict[str, dict[str, list[float]]]:
+    """Arm -> metric -> [mean, low, high] of arm minus warm start, users of all seeds together."""
+    result: dict[str, dict[str, list[float]]] = {}
+    for arm in found[0]:
+        if arm == "warm start":
+            continue
+        result[arm] = {}
+        for metric in ("target_log_prob", "ndcg@10"):
+            before = np.concatenate([tables["warm start"][metric].to_numpy() for tables in found])
+            after = np.concatenate([tables[arm][metric].to_numpy() for tables in found])
+            interval = paired_bootstrap(before, after, seed=0)
+            result[arm][metric] = [interval.mean, interval.low, interval.high]
+    return result
+
+
+def study(out: Path, seeds: list[int], arms: list[str], options: dict[str, Any]) -> dict[str, Any]:
+    """Run (or go on with) the study and return its table."""
+    found = [run_seed(out, seed, arms, options) for seed in seeds]
+    start = [tables["warm start"] for tables in found]
+    return {
+        "seeds": seeds,
+        "options": options,
+        "warm_start": {
+            metric: [float(table[metric].mean()) for table in start]  # type: ignore[arg-type]
+            for metric in ("target_log_prob", "ndcg@10")
+        },
+        "difference": differences(found),
+        "per_seed": {
+            arm: {
+                metric: [float((t[arm][metric] - t["warm start"][metric]).mean()) for t in found]  # type: ignore[arg-type]
+                for metric in ("target_log_prob", "ndcg@10")
+            }
+            for arm in arms
+        },
+        "versions": run.versions(),
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "python": platform.python_version(),
+        },
+    }
+
+
+def default_options(steps: int, learning_rate: float) -> dict[str, Any]:
+    return {
+        "users": 2000,
+        "items": 200,
+        "warm_start": {"epochs": 1, "batch_size": 64, "learning_rate": 1e-3},
+        "rl": {
+            "steps": steps,
+            "prompts_per_step": 32,
+            "group_size": 32,
+            "learning_rate": learning_rate,
+            "warmup_steps": 5,
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/learning"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    arguments = parser.parse_args()
+    options = default_options(arguments.steps, arguments.learning_rate)
+    result = study(arguments.out, arguments.seeds, arguments.arms, options)
+    atomic_text(arguments.out / "learning.json", json.dumps(result, indent=2) + "\n")
+    for arm, metrics in result["difference"].items():
+        cells = [
+            f"{name} {mean:+.4f} [{low:+.4f}, {high:+.4f}]" for name, (mean, low, high) in metrics.items()
+        ]
+        print(f"{arm:16} " + "   ".join(cells))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""`recast profile`: what the actor costs, stock GRPO against ReCast on the same rollouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from recast_cli.profiling.profile import Launch
+    from recast_cli.recipe import Recipe
+    from recast_cli.training.run import Inputs
+
+
+def profile(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe, for example recipes/ml-100k/recast.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example threads=1.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for profile.json, profile.png and logs.")] = Path(
+        "runs/profile"
+    ),
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Hugging Face folder. Default: the recipe's model, its warm start, or untrained."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps of each job.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Fresh processes of each arm.")] = 2,
+    prompts: Annotated[int | None, typer.Option(min=1, help="B. Default: the recipe's.")] = None,
+    group_size: Annotated[int | None, typer.Option(min=2, help="G. Default: the recipe's.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print profile.json, no table.")] = False,
+) -> None:
+    """Replay one recorded set of rollouts through stock GRPO and through ReCast, and compare the actor's
+    cost.
+
+    Both arms are real verl jobs with the recipe's settings, one optimiser step per step, each repeat in a
+    fresh process: old log-probs, reference log-probs and update, ReCast's own selection included.
+
+    Examples:
+
+        recast profile recipes/ml-100k/recast.yaml
+
+        recast profile recipes/ml-100k/recast.yaml --prompts 16 --group-size 32 --repeats 3 --out runs/cost
+
+        recast profile recipes/ml-100k/recast.yaml rl.max_tokens_per_micro_batch=2048 --json
+    """
+    import json
+    import shutil
+
+    from recast_cli.console import note, print_json, progress
+    from recast_cli.profiling import profile as stage
+    from recast_cli.profiling.peak import matmul_peak
+    from recast_cli.profiling.plot import plot
+    from recast_cli.recipe import load_recipe
+    from recast_cli.training import verl_args
+    from recast_cli.training.run import Inputs, draw_rows, versions
+
+    settings = _settings(load_recipe(recipe, overrides or []), prompts, group_size, steps)
+    inputs = Inputs.load(settings)
+    start = model or _start_model(settings, inputs)
+    device, threads = verl_args.resolve_device(settings), verl_args.num_threads(settings)
+    rows = draw_rows(inputs.tokenizer / "verl" / "rl.parquet", settings.rl.prompts_per_step, settings.seed)
+    shutil.rmtree(out / "jobs", ignore_errors=True)
+    (out / "jobs").mkdir(parents=True)
+    peak_flops = matmul_peak(device, threads)
+    recording = _record(settings, inputs, start, rows, out / "jobs")
+    with progress("profile", 2 * repeats * stage.num_steps(steps)) as advance:
+        launch = _launcher(settings, inputs, start, rows, steps, lambda _: advance(1))
+        runs = stage.replay(recording, launch, out / "jobs", steps=steps, repeats=repeats)
+    result = stage.summarise(
+        runs,
+        recording,
+        json.loads((start / "config.json").read_text(encoding="utf-8")),
+        peak_flops=peak_flops,
+        facts={
+            "group_size": settings.rl.group_size,
+            "max_tokens_per_micro_batch": settings.rl.max_tokens_per_micro_batch,
+            "threads": threads,
+            "device": device,
+            "seed": settings.seed,
+            "versions": versions(),
+        },
+    )
+    stage.save(result, out)
+    plot(result, out / "profile.png")
+    if json_output:
+        print_json(result)
+    else:
+        print_profile(result)
+    note(f"wrote {out / 'profile.json'} and {out / 'profile.png'}")
+
+
+def _settings(recipe: Recipe, prompts: int | None, group_size: int | None, steps: int) -> Recipe:
+    """The recipe with the profile's sizes: every step is one mini-batch, so one optimiser step."""
+    from recast_cli.profiling.profile import num_steps
+
+    rl = {
+        "prompts_per_step": prompts or recipe.rl.prompts_per_step,
+        "mini_batch_prompts": None,
+        "group_size": group_size or recipe.rl.group_size,
+        "steps": num_steps(steps),
+    }
+    return recipe.model_copy(update={"rl": recipe.rl.model_copy(update=rl)})
+
+
+def _start_model(settings: Recipe, inputs: Inputs) -> Path:
+    """The recipe's model, else its finished warm start, else the tokenizer's untrained model."""
+    from recast_cli.console import note
+    from recast_cli.training.run import find_warm_start, warm_start_dir
+
+    if settings.model:
+        return Path(settings.model)
+    if find_warm_start(settings, inputs) is not None:
+        return warm_start_dir(settings) / "model"
+    note("no warm start yet: profiling the untrained model (the cost does not depend on what it has learned)")
+    return inputs.tokenizer / "model"
+
+
+def _record(settings: Recipe, inputs: Inputs, model: Path, rows: Any, folder: Path) -> Any:
+    from recast_cli.profiling.record import record
+    from recast_cli.training.verl_args import resolve_device
+
+    return record(
+        model,
+        inputs.tokenizer,
+        rows,
+        settings.rl.group_size,
+        folder / "rollouts.npz",
+        seed=settings.seed,
+        temperature=settings.rl.temperature,
+        device=resolve_device(settings),
+    )
+
+
+def _launcher(settings: Recipe, inputs: Inputs, model: Path, rows: Any, steps: int, on_step: Any) -> Launch:
+    """How to run one arm: the arguments of `recast train`, the replaying agent loop, no checkpoint."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from recast_cli.profiling.profile import MANAGER, Job, num_steps
+    from recast_cli.training import verl_args
+    from recast_cli.training.process import run_verl
+
+    def launch(job: Job) -> list[dict[str, Any]]:
+        train_file, metrics = job.folder / "rows.parquet", job.folder / "metrics.jsonl"
+        pq.write_table(pa.concat_tables([rows] * num_steps(steps)), train_file)
+        custom = {"tokenizer": str(inputs.tokenizer.resolve()), **job.custom}
+        verl = {
+            **settings.verl,
+            "+actor_rollout_ref.rollout.custom": {key: f"'{value}'" for key, value in custom.items()},
+            "+actor_rollout_ref.rollout.agent.agent_loop_manager_class": MANAGER,
+            "trainer.save_freq": -1,
+        }
+        method = settings.method.model_copy(update={"name": job.method})
+        arguments = verl_args.rl_arguments(
+            settings.model_copy(update={"method": method, "verl": verl}),
+            model=model.resolve(),
+            train_file=train_file,
+            val_file=train_file,
+            out=job.folder / "checkpoints",
+            prompt_length=inputs.prompt_length,
+            num_levels=inputs.num_levels,
+        )
+        return run_verl(
+            ["verl.trainer.main_ppo"],
+            arguments,
+            environment={**verl_args.environment(settings, metrics), **job.environment},
+            cwd=job.folder,
+            log=job.folder / "verl.log",
+            metrics=metrics,
+            on_step=on_step,
+        )
+
+    return launch
+
+
+def print_profile(result: dict[str, Any]) -> None:
+    """Print the table on stdout, and what was measured below it."""
+    from recast_cli.console import console, print_table
+
+    arms, ratio, setting = result["arms"], result["ratio"], result["setting"]
+    stock, recast = arms["stock"], arms["recast"]
+    rows: list[list[Any]] = []
+    for phase in ("hook", "old_log_prob", "ref_log_prob", "actor_update", "actor_total"):
+        if phase in recast["seconds"]:
+            cells = [_seconds(cost["seconds"].get(phase)) for cost in (stock, recast)]
+            rows.append([f"{phase.replace('_', ' ')}, s", *cells, _times(ratio.get(phase))])
+    for phase in stock["mfu"]:
+        cells = [f"{cost['mfu'][phase]:.1%}" for cost in (stock, recast)]
+        rows.append([f"{phase.replace('_', ' ')}, MFU", *cells, None])
+    for name, unit, scale in (("tokens", "tokens", 1.0), ("flops", "GFLOP", 1e9)):
+        cells = [f"{sum(cost[name].values()) / scale:,.0f}" for cost in (stock, recast)]
+        rows.append([f"all phases, {unit}", *cells, _times(ratio[name])])
+    for phase in stock["peak_bytes"]:
+        cells = [
+            f"{(c['peak_bytes'][phase] + c['resident_bytes'][phase]) / 2**20:,.0f}" for c in (stock, recast)
+        ]
+        rows.append([f"{phase.replace('_', ' ')}, peak MiB", *cells, None])
+    rows.append(["worst phase, peak MiB", None, None, _times(ratio["peak_memory"])])
+    print_table("Cost of a step: median (min-max)", ["", "stock GRPO", "ReCast", "stock/ReCast"], rows)
+    kept = result["kept"]
+    for line in (
+        f"{setting['prompts']} prompts of {setting['prompt_tokens_mean']:.0f} tokens (at most "
+        f"{setting['prompt_tokens_max']}) x {setting['group_size']} rollouts, {setting['parameters']:,} "
+        f"parameters, {setting['device']} ({setting['cpu']}), {setting['threads']} threads",
+        f"kept {kept['samples']} of {kept['rollouts']} rollouts in {kept['trainable_groups']} trainable groups; "
+        f"{len(stock['repeats'])} fresh processes of each arm, {stock['seconds']['actor_total']['count']} timed "
+        f"steps in all; matrix-product peak {setting['peak_flops'] / 1e9:,.0f} GFLOP/s",
+    ):
+        console().print(line)
+
+
+def _seconds(value: dict[str, float] | None) -> str | None:
+    return f"{value['median']:.3f} ({value['min']:.3f}-{value['max']:.3f})" if value else None
+
+
+def _times(value: float | None) -> str | None:
+    return f"{value:.2f}x" if value is not None else None

@@ -1,0 +1,197 @@
+"""From what a job wrote (verl's metrics, the worker's measurements, the replay log) to the cost of each
+phase."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recast_cli.core.cost import ModelShape, forward_flops, train_flops
+
+# Phase -> verl's timer of it.
+TIMERS = {
+    "old_log_prob": "timing_s/old_log_prob",
+    "ref_log_prob": "timing_s/ref",
+    "actor_update": "timing_s/update_actor",
+}
+HOOK = "timing_s/recast_hook"
+WARM_UP = 1  # steps
+MEMORY = 1  # steps at the end that track memory
+
+
+@dataclass(frozen=True)
+class Run:
+    """One job: one arm, one repeat. Seconds are of the timed steps, in order.
+
+    Attributes:
+        seconds: Phase, `hook` and `actor_total` -> seconds as verl's trainer sees them: dispatch, data
+            transfer and the worker's work.
+        worker_seconds: Phase -> seconds inside the worker's engine alone (the slowest rank).
+        worker_cpu_seconds: The same in processor time, summed over threads and ranks.
+        rows, tokens, square_tokens: Phase -> what one step processes, all ranks together.
+        peak_bytes, resident_bytes: Phase -> of the step that tracks memory (the largest rank).
+        rollouts: Digests of the replayed rollouts, one per distinct set (so: one).
+        signal: The hook's `signal/*` metrics of the last step; empty for stock.
+    """
+
+    arm: str
+    seconds: dict[str, list[float]]
+    worker_seconds: dict[str, list[float]]
+    worker_cpu_seconds: dict[str, list[float]]
+    rows: dict[str, int]
+    tokens: dict[str, int]
+    square_tokens: dict[str, int]
+    peak_bytes: dict[str, int]
+    resident_bytes: dict[str, int]
+    rollouts: frozenset[str]
+    signal: dict[str, float]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """A file of one JSON object a line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read_run(arm: str, metrics: Sequence[dict[str, Any]], measured: Path, replayed: Path, steps: int) -> Run:
+    """Cut off warm-up and memory step and bring both levels of timing together.
+
+    Args:
+        metrics: verl's records, one per step: warm-up, `steps` timed ones, memory.
+        measured: The worker's file (`RECAST_MEASURE`).
+        replayed: The replay log.
+        steps: Timed steps.
+    """
+    assert len(metrics) == WARM_UP + steps + MEMORY, f"{len(metrics)} steps in the metrics of {arm}"
+    timed = metrics[WARM_UP : WARM_UP + steps]
+    phases = [phase for phase, timer in TIMERS.items() if timer in timed[0]]
+    seconds = {phase: [record[TIMERS[phase]] for record in timed] for phase in phases}
+    if HOOK in timed[0]:
+        seconds["hook"] = [record[HOOK] for record in timed]
+    seconds["actor_total"] = np.sum(list(seconds.values()), axis=0).tolist()
+    calls = _by_call(read_lines(measured))
+    worker = {phase: calls[phase] for phase in phases}
+    for update, optimizer in zip(worker["actor_update"], calls["optimizer"], strict=True):
+        for key in ("wall_s", "cpu_s"):
+            update[key] += optimizer[key]
+        update["peak_bytes"] = max(update["peak_bytes"], optimizer["peak_bytes"])
+        # Gradients are there when the optimiser starts, and are made (and counted) inside the update.
+        update["resident_bytes"] = min(update["resident_bytes"], optimizer["resident_bytes"])
+    for phase, found in worker.items():
+        assert len(found) == len(metrics), f"{len(found)} {phase} calls in {len(metrics)} steps of {arm}"
+
+    def timed_calls(key: str) -> dict[str, list[float]]:
+        return {phase: [c[key] for c in found[WARM_UP : WARM_UP + steps]] for phase, found in worker.items()}
+
+    def last_call(key: str) -> dict[str, int]:
+        return {phase: found[-1][key] for phase, found in worker.items()}
+
+    return Run(
+        arm=arm,
+        seconds=seconds,
+        worker_seconds=timed_calls("wall_s"),
+        worker_cpu_seconds=timed_calls("cpu_s"),
+        rows=last_call("rows"),
+        tokens=last_call("tokens"),
+        square_tokens=last_call("square_tokens"),
+        peak_bytes=last_call("peak_bytes"),
+        resident_bytes=last_call("resident_bytes"),
+        rollouts=frozenset(line["sha256"] for line in read_lines(replayed)),
+        signal={name: value for name, value in metrics[-1].items() if name.startswith("signal/")},
+    )
+
+
+def _by_call(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Phase -> its calls in order, the ranks of a call brought together."""
+    groups: dict[str, dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        groups[record["phase"]][record["call"]].append(record)
+    sums = ("cpu_s", "rows", "tokens", "square_tokens")
+    return {
+        phase: [
+            {"wall_s": max(rank["wall_s"] for rank in ranks)}
+            | {key: sum(rank.get(key, 0) for rank in ranks) for key in sums}
+            | {key: max(rank.get(key, 0) for rank in ranks) for key in ("peak_bytes", "resident_bytes")}
+            for _, ranks in sorted(calls.items())
+        ]
+        for phase, calls in groups.items()
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, extremes and quartiles (linear interpolation) of a sample."""
+    low, q1, median, q3, high = np.quantile(np.asarray(values, dtype=np.float64), [0, 0.25, 0.5, 0.75, 1])
+    return {
+        "median": float(median),
+        "min": float(low),
+        "max": float(high),
+        "q1": float(q1),
+        "q3": float(q3),
+        "count": len(values),
+    }
+
+
+def arm_cost(runs: Sequence[Run], shape: ModelShape, peak_flops: float) -> dict[str, Any]:
+    """Cost of one arm, the timed steps of all its repeats pooled.
+
+    Args:
+        runs: The arm's jobs.
+        shape: For the estimate of operations.
+        peak_flops: Operations per second that make a utilisation of 1.
+    """
+    first = runs[0]
+    flops = {
+        phase: (train_flops if phase == "actor_update" else forward_flops)(
+            shape, first.tokens[phase], first.square_tokens[phase]
+        )
+        for phase in first.tokens
+    }
+
+    def pooled(name: str) -> dict[str, dict[str, float]]:
+        keys = getattr(first, name)
+        return {key: spread([value for run in runs for value in getattr(run, name)[key]]) for key in keys}
+
+    worker = pooled("worker_seconds")
+    return {
+        "seconds": pooled("seconds"),
+        "worker_seconds": worker,
+        "worker_cpu_seconds": pooled("worker_cpu_seconds"),
+        "rows": first.rows,
+        "tokens": first.tokens,
+        "flops": flops,
+        "mfu": {phase: flops[phase] / worker[phase]["median"] / peak_flops for phase in flops},
+        "peak_bytes": {phase: max(run.peak_bytes[phase] for run in runs) for phase in first.peak_bytes},
+        "resident_bytes": first.resident_bytes,
+        "repeats": [{key: float(np.median(v)) for key, v in run.seconds.items()} for run in runs],
+    }
+
+
+def most_memory(cost: dict[str, Any]) -> int:
+    """Bytes at the worst moment of any phase: what was resident, and what the phase took on top."""
+    return max(cost["peak_bytes"][phase] + cost["resident_bytes"][phase] for phase in cost["peak_bytes"])
+
+
+def ratios(stock: dict[str, Any], recast: dict[str, Any]) -> dict[str, float]:
+    """Stock over ReCast. Seconds: medians as the trainer sees them; `actor_total` holds the hook on
+    ReCast's side. `tokens` and `flops` are summed over the phases, `peak_memory` is the worst phase."""
+    phases = [phase for phase in (*TIMERS, "actor_total") if phase in stock["seconds"]]
+    found = {p: stock["seconds"][p]["median"] / recast["seconds"][p]["median"] for p in phases}
+    for name in ("tokens", "flops"):
+        found[name] = sum(stock[name].values()) / sum(recast[name].values())
+    found["peak_memory"] = most_memory(stock) / most_memory(recast)
+    return found
+
+
+def ratio_ranges(stock: dict[str, Any], recast: dict[str, Any]) -> dict[str, list[float]]:
+    """Lowest and highest ratio of the repeats' medians, repeat by repeat."""
+    found = {}
+    for phase in (*TIMERS, "actor_total"):
+        if phase in stock["seconds"]:
+            each = [a[phase] / b[phase] for a, b in zip(stock["repeats"], recast["repeats"], strict=True)]
+            found[phase] = [min(each), max(each)]
+    return found

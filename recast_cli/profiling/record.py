@@ -1,0 +1,99 @@
+"""Draw the rollouts of a profile once, so that every arm and repeat replays the same ones."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from recast_cli.core import decoding
+from recast_cli.core.seeding import uniforms
+from recast_cli.core.trie import Trie
+from recast_cli.errors import ArtifactError
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What was recorded.
+
+    Attributes:
+        path: npz with index_B, codes_BGL and log_probs_BGL.
+        prompt_tokens: Tokens of each prompt.
+        parameters: Number of the model's parameters, a tied head counted once.
+    """
+
+    path: Path
+    prompt_tokens: list[int]
+    parameters: int
+
+
+def record(
+    model_dir: Path,
+    tokenizer_dir: Path,
+    rows: pa.Table,
+    group_size: int,
+    path: Path,
+    *,
+    seed: int,
+    temperature: float,
+    device: str,
+) -> Recording:
+    """Draw `group_size` answers for every row with the engine that a run's rollout server uses.
+
+    Args:
+        model_dir: Hugging Face folder, with its tokenizer.
+        tokenizer_dir: Folder of `recast build-tokenizer`: trie and vocabulary.
+        rows: RL rows as verl reads them (`prompt`, `extra_info.index`).
+        path: The file to write.
+    """
+    from transformers import AutoTokenizer
+
+    model, tokenizer = (
+        _load(model_dir, device),
+        AutoTokenizer.from_pretrained(model_dir, local_files_only=True),
+    )
+    vocabulary = json.loads((tokenizer_dir / "vocabulary.json").read_text(encoding="utf-8"))
+    table = rows.select(["prompt", "extra_info"]).to_pylist()
+    texts = [
+        tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
+        for row in table
+    ]
+    prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    index_B = np.array([row["extra_info"]["index"] for row in table])
+    draws_BGL = uniforms(seed, 0, index_B, group_size, vocabulary["num_levels"])
+    samples = decoding.sample(
+        model,
+        Trie.load(tokenizer_dir / "trie.npz"),
+        vocabulary["level_offsets"],
+        prompts,
+        torch.from_numpy(draws_BGL),
+        temperature=temperature,
+        pad_token_id=vocabulary["pad"],
+    )
+    np.savez(
+        path,
+        index_B=index_B,
+        codes_BGL=samples.codes_BGL.numpy(),
+        log_probs_BGL=samples.log_probs_BGL.numpy(),
+    )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Recording(path, [len(prompt) for prompt in prompts], parameters)
+
+
+def _load(model_dir: Path, device: str) -> Any:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    if not (model_dir / "config.json").is_file():
+        raise ArtifactError(f"no model in {model_dir} (config.json not found)", "name a Hugging Face folder")
+    logging.disable_progress_bar()
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16  # as the rollout server
+    model = AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype=dtype, attn_implementation="sdpa", local_files_only=True
+    )
+    return model.to(device).eval()
