@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+
 from recast_cli.artifacts import atomic_text
 from recast_cli.core.ranking import paired_bootstrap
 from recast_cli.data import synthetic

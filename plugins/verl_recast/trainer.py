@@ -24,7 +24,7 @@ from verl.utils.metric import reduce_metrics
 from verl.utils.py_functional import rename_dict
 
 from recast_cli.core.contrast import Selection, select_pairs
-from recast_cli.core.seeding import tie_keys
+from recast_cli.core.seeding import hash64, tie_keys
 from recast_cli.core.signal import group_statistics
 from verl_recast import estimator
 from verl_recast.groups import Groups, anchor_fields, gather_groups, minibatch_order
@@ -127,7 +127,8 @@ class PPOTrainerRecast(PPOTrainerSync):
         if self.no_signal:
             # verl's bookkeeping needs rows: forward one pair, with advantages set to zero further down.
             logger.warning("step %d: no group has both a positive and a negative", self.global_steps)
-            rows_B2 = {0: [groups.rows_BG[0, 0], groups.rows_BG[0, 1]]}
+            b = int(groups.present_BG.sum(axis=1).argmax())
+            rows_B2 = {b: groups.rows_BG[b][groups.present_BG[b]][:KEPT_PER_GROUP].tolist()}
         else:
             rows_B2 = {
                 int(b): [
@@ -144,7 +145,12 @@ class PPOTrainerRecast(PPOTrainerSync):
         if len(repaired) == 0:
             return
         rows = [int(groups.rows_BG[b, selection.anchor_B[b]]) for b in repaired]
-        fields, tags = anchor_fields(batch, rows, [groups.targets[b][0] for b in repaired], self.tokenizer)
+        draws = hash64(self.settings.seed, self.global_steps, groups.index_B[repaired])
+        targets = [
+            groups.targets[b][int(draw) % len(groups.targets[b])]
+            for b, draw in zip(repaired, draws, strict=True)
+        ]
+        fields, tags = anchor_fields(batch, rows, targets, self.tokenizer)
         tq.kv_batch_put(
             keys=[batch.keys[row] for row in rows], partition_id=batch.partition_id, fields=fields, tags=tags
         )

@@ -17,7 +17,8 @@ from typing import Any
 from recast_cli.errors import EnvironmentFault
 
 _POLL_SECONDS = 0.2
-# A line that names what went wrong, as Python, Ray ("(actor pid=1) ...") and torchrun ("[rank0]: ...") print it.
+# A line that names what went wrong, as Python, Ray ("(actor pid=1) ...") and torchrun ("[rank0]: ...")
+# print it.
 _CAUSE = re.compile(
     r"^(?:\x1b\[\d+m)?(?:\([^)]*\)\s*|\[rank\d+\]:\s*)?(?:\x1b\[\d+m)?\s*"
     r"((?:[\w.]+\.)?\w*(?:Error|Exception|Fault): .+)"
@@ -91,8 +92,24 @@ def run_verl(
             raise
     _report(metrics, seen, on_step)
     if child.returncode:
-        raise EnvironmentFault(f"{module[-1]} exited with {child.returncode}: {cause_of(log)}", f"read {log}")
+        cause = cause_of(log)
+        raise EnvironmentFault(f"{module[-1]} exited with {child.returncode}: {cause}", _advice(cause, log))
     return read_metrics(metrics)
+
+
+def _advice(cause: str, log: Path) -> str:
+    """What to do about a failed job. verl hides why a plugin did not load; only what is missing shows."""
+    unregistered = (
+        "Unknown trainer 'recast'",
+        "Unknown rollout mode: recast_sid",
+        "Unknown platform 'cpu'",
+        "Unknown advantage estimator",
+    )
+    if any(sign in cause for sign in unregistered):
+        return f"the plugin is not registered in verl: run `recast doctor`, it says why; the log is {log}"
+    if "No space left" in cause:
+        return f"free some space on the disk of {log.parent}"
+    return f"read {log}"
 
 
 def _report(metrics: Path, seen: int, on_step: Callable[[dict[str, Any]], None] | None) -> int:

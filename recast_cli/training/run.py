@@ -23,7 +23,7 @@ from recast_cli.artifacts import (
     require_parent,
     write_manifest,
 )
-from recast_cli.errors import ArtifactError, DataError
+from recast_cli.errors import ArtifactError, DataError, EnvironmentFault
 from recast_cli.recipe import Recipe, dump_recipe
 from recast_cli.training import verl_args
 from recast_cli.training.process import run_verl
@@ -296,6 +296,7 @@ def train(recipe: Recipe, inputs: Inputs, model: Path, *, on_step: OnStep | None
     """
     out = Path(recipe.out)
     out.mkdir(parents=True, exist_ok=True)
+    _require_space(out, estimate(recipe, inputs)["weights_and_optimizer_bytes"])
     atomic_text(out / "recipe.yaml", dump_recipe(recipe))
     facts = {"seed": recipe.seed, "versions": versions(), "git": git_state(), "recipe": recipe.model_dump()}
     num_rows = recipe.rl.steps * recipe.rl.prompts_per_step
@@ -317,6 +318,17 @@ def train(recipe: Recipe, inputs: Inputs, model: Path, *, on_step: OnStep | None
     weights = sorted(model.glob("*.safetensors"))
     start = {"model": str(model), "sha256": {path.name: file_sha256(path) for path in weights}}
     return write_run(out, inputs, facts | {"start": start})
+
+
+def _require_space(folder: Path, num_bytes: int) -> None:
+    """Refuse to start on a disk that cannot hold one checkpoint, its export and the logs."""
+    needed = 2 * num_bytes + (64 << 20)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise EnvironmentFault(
+            f"{folder} has {free >> 20} MiB free, one checkpoint needs {needed >> 20} MiB",
+            "free some space or choose another out=",
+        )
 
 
 def write_run(out: Path, inputs: Inputs, facts: dict[str, Any]) -> dict[str, Any]:

@@ -95,9 +95,7 @@ def test_matches_the_plain_loop_on_ragged_groups(seed, repair):
     hit = (rng.random((B, G)) < rng.choice([0.0, 0.1, 0.9])) & valid
     scores = np.where(hit, 1.0, np.where(valid, rng.choice([0.0, 0.01, 0.1], size=(B, G)), 0.0))
     keys = tie_keys(int(seed), 3, np.arange(B), G)
-    found = select_pairs(
-        hit.astype(float), scores, keys, present_BG=present, valid_BG=valid, repair=repair
-    )
+    found = select_pairs(hit.astype(float), scores, keys, present_BG=present, valid_BG=valid, repair=repair)
     for b in range(B):
         expected = _reference(hit[b].astype(float), scores[b], keys[b], present[b], valid[b], repair)
         assert (found.anchor_B[b], found.positive_B[b], found.negative_B[b]) == expected

@@ -9,7 +9,16 @@ from recast_cli.core.scoring import matched_levels, prefix_value, score_rollouts
 
 @pytest.mark.parametrize(
     ("matched", "num_levels", "expected"),
-    [(3, 3, 1.0), (2, 3, 0.1), (1, 3, 0.01), (0, 3, 0.0), (4, 4, 1.0), (1, 4, 0.001), (1, 1, 1.0), (0, 1, 0.0)],
+    [
+        (3, 3, 1.0),
+        (2, 3, 0.1),
+        (1, 3, 0.01),
+        (0, 3, 0.0),
+        (4, 4, 1.0),
+        (1, 4, 0.001),
+        (1, 1, 1.0),
+        (0, 1, 0.0),
+    ],
 )
 def test_prefix_value_is_a_power_of_ten_of_the_missing_levels(matched, num_levels, expected):
     assert prefix_value(np.int64(matched), num_levels) == pytest.approx(expected, rel=1e-12)

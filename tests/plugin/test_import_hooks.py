@@ -65,7 +65,9 @@ def test_callback_runs_at_once_for_an_imported_module() -> None:
 
 
 def test_half_imported_module_is_refused(write: Write) -> None:
-    write({"hooked_c": "from verl_recast.import_hooks import after_import\nafter_import('hooked_c', print)\n"})
+    write(
+        {"hooked_c": "from verl_recast.import_hooks import after_import\nafter_import('hooked_c', print)\n"}
+    )
     with pytest.raises(ImportError, match="hooked_c is half imported"):
         importlib.import_module("hooked_c")
 

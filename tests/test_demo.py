@@ -1,0 +1,118 @@
+"""The demo's own arithmetic: which commands it runs, and what its summary takes from their files."""
+
+import json
+import os
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from recast_cli.demo import ARMS, Layout, commands, evaluation_is_current, summarise
+from recast_cli.recipe import load_recipe
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "ml-100k"
+MODES = ("history_removed", "history_kept")
+# Ranks of three users: the warm start hits one of them at rank 2, every other arm at rank 1.
+RANKS = {"warm_start": [2, None, 11], "other": [1, None, 11]}
+LOG_PROBS = {"warm_start": [-2.0, -4.0, -6.0], "other": [-1.0, -4.0, -5.0]}
+
+
+def _write(path: Path, content) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+@pytest.fixture
+def layout(tmp_path):
+    layout = Layout(data=tmp_path / "data", run=tmp_path / "run", recipes=RECIPES)
+    _write(layout.dataset / "manifest.json", {"params": {"rl_rows": "sft"}})
+    for arm in ARMS:
+        kind = "warm_start" if arm == "warm_start" else "other"
+        for number, split in enumerate(("validation", "test")):
+            metrics = {
+                mode: {
+                    "model": {
+                        "hr@10": len(arm) + number + 0.5 * (mode == "history_kept"),
+                        "invalid_items": 1,
+                    },
+                    "popularity": {"hr@10": 0.25},
+                    "item_knn": {"hr@10": 0.125},
+                }
+                for mode in MODES
+            }
+            path = layout.evaluation(arm, split)
+            _write(path, {"num_users": 3, "num_items": 7, "metrics": metrics})
+            users = {"index": [5, 6, 7], "rank_removed": RANKS[kind], "target_log_prob": LOG_PROBS[kind]}
+            pl.DataFrame(users).sample(fraction=1.0, shuffle=True, seed=len(arm)).write_parquet(
+                path.with_suffix(".parquet")
+            )
+    _write(layout.run / "warm_start" / "manifest.json", {"best_epoch": 1, "epochs": [{}]})
+    for name in ("recast", "grpo", "sft-continued"):
+        _write(layout.run / name / "manifest.json", {"recipe": {"out": name}})
+    names = (
+        "all_zero",
+        "single_hit",
+        "multi_hit",
+        "hit_rate",
+        "invalid",
+        "duplicate",
+        "all_zero_after_repair",
+    )
+    steps = [
+        {"step": n, "data": {f"signal/{name}": value for name in names}} for n, value in ((1, 0.5), (2, 1.0))
+    ]
+    (layout.run / "recast" / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    _write(layout.run / "profile" / "profile.json", {"cost": {"ratio": {"actor_update": 12.0}}})
+    return layout
+
+
+def test_summary_takes_every_table_from_its_own_split_and_mode(layout):
+    summary = summarise(layout)
+    assert summary["evaluation"]["rl"]["hr@10"] == 2 + 1
+    assert summary["validation"]["rl"]["hr@10"] == 2 + 0
+    assert summary["evaluation_history_kept"]["grpo"]["hr@10"] == 4 + 1 + 0.5
+    assert summary["validation_history_kept"]["grpo"]["hr@10"] == 4 + 0 + 0.5
+    assert set(summary["evaluation"]) == {"warm_start", "rl", "grpo", "sft_continued"}
+    assert summary["invalid_items"] == 4 * 2 * 2  # arms, splits, modes
+    assert summary["signal"]["all_zero"] == pytest.approx((0.5 + 1.0) / 2)
+    assert summary["cost"]["ratio"]["actor_update"] == 12.0
+    assert summary["baselines"]["item_knn"]["hr@10"] == 0.125
+
+
+def test_differences_pair_the_same_users_whatever_their_order(layout):
+    found = summarise(layout)["difference"]["rl"]
+    assert found["target_log_prob"][0] == pytest.approx((1.0 + 0.0 + 1.0) / 3)
+    assert found["hr@1"][0] == pytest.approx(1 / 3)
+    assert found["hr@10"][0] == 0.0  # rank 11 is no hit, rank 2 was one already
+    assert found["ndcg@10"][0] == pytest.approx((1 - 0.6309297535714575) / 3)  # 1/log2(3)
+    low, high = found["target_log_prob"][1:]
+    assert 0 <= low <= found["target_log_prob"][0] <= high <= 1
+
+
+def test_evaluation_older_than_its_model_is_stale(layout):
+    arguments = ["evaluate", "--model", str(layout.run / "m"), "--out", str(layout.evaluation("rl", "test"))]
+    (layout.run / "m").mkdir()
+    weights = layout.run / "m" / "model.safetensors"
+    assert not evaluation_is_current(layout, arguments)
+    weights.touch()
+    os.utime(weights, (1, 1))
+    assert evaluation_is_current(layout, arguments)
+    os.utime(weights, (2e9, 2e9))
+    assert not evaluation_is_current(layout, arguments)
+
+
+def test_commands_walk_the_data_flow_and_their_recipes_load(tmp_path):
+    layout = Layout(data=tmp_path / "data", run=tmp_path / "run", recipes=RECIPES)
+    steps = commands(layout, ["rl.steps=2"], ["--steps", "1"])
+    assert [step[0] for step in steps] == [
+        "prepare-data",
+        "build-tokenizer",
+        *["train"] * 3,
+        *["evaluate"] * 8,
+        "profile",
+    ]
+    trained = [load_recipe(step[1], step[2:]) for step in steps if step[0] == "train"]
+    assert [recipe.method.name for recipe in trained] == ["recast", "grpo", "sft-continued"]
+    assert {recipe.rl.steps for recipe in trained} == {2}
+    assert len({recipe.warm_start.out for recipe in trained}) == 1  # all arms start from one warm start
+    assert len({str(recipe.rl) for recipe in trained}) == 1  # and get the same budget
