@@ -1,8 +1,8 @@
 """Does RL raise the target's probability where the truth is known?
 
-On the synthetic generator, with RL rows that SFT has not seen: an early warm start, then each arm for the same
-number of updates on the same prompts. Reported per arm: change of the target's mean log-prob and of NDCG@10 on
-validation against the warm start, over all users and seeds, with a paired bootstrap interval.
+On the synthetic generator, with RL rows that SFT has not seen: an early warm start, then each arm for the
+same number of updates on the same prompts. Reported per arm: change of the target's mean log-prob and of
+NDCG@10 on validation against the warm start, over all users and seeds, with a paired bootstrap interval.
 
     python benchmarks/learning.py --out runs/learning --seeds 0 1 2
 

@@ -6,7 +6,7 @@ reported at once; unknown keys are errors.
 
 from __future__ import annotations
 
-import contextlib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,12 +17,15 @@ from recast_cli.errors import RecipeError
 
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, le=1)]
-Weight = Annotated[float, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 # What verl's V1 trainer starts on Ray, one CPU each: TransferQueue controller and its placement group's
 # storage unit, task runner, agent loop worker, reward worker; the training worker's bundle asks for 3. With
 # fewer it waits for ever without a word.
 MIN_RAY_CPUS = 8
+
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 class Section(BaseModel):
@@ -52,7 +55,7 @@ class RL(Section):
         None, description="prompts per update; default prompts_per_step"
     )
     group_size: Annotated[int, Field(ge=2)] = 32
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     learning_rate: Rate = 2e-6
     warmup_steps: Annotated[int, Field(ge=0)] = 10
     weight_decay: Weight = 0.1
@@ -63,7 +66,7 @@ class RL(Section):
         "token-mean"
     )
     max_tokens_per_micro_batch: Positive = 8192
-    save_every: int = Field(-1, description="steps between checkpoints; -1 saves the last step only")
+    save_every: int = Field(-1, ge=-1, description="steps between checkpoints; -1 saves the last step only")
 
     @model_validator(mode="after")
     def _divides(self) -> RL:
@@ -92,7 +95,7 @@ class Recipe(Section):
     model: str | None = Field(
         None, description="Hugging Face folder to start RL from instead of a warm start"
     )
-    seed: int = 0
+    seed: Seed = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Annotated[int, Field(ge=0)] = Field(
         0, description="torch threads per worker; 0 takes every core"
@@ -145,9 +148,8 @@ def _override(text: str) -> dict[str, Any]:
         nested: Any = yaml.safe_load(value) if value else None
     except yaml.YAMLError as exc:
         raise RecipeError(f"override {text!r} has an unreadable value", "quote it as YAML") from exc
-    if isinstance(nested, str):  # YAML 1.1 reads 1e-3 as text
-        with contextlib.suppress(ValueError):
-            nested = float(nested)
+    if _EXPONENT.fullmatch(value.strip()):  # YAML 1.1 reads 1e-3 as text
+        nested = float(value)
     parts = key.strip().split(".")
     if parts[0] == "verl" and len(parts) > 1:  # verl's own keys have dots
         return {"verl": {".".join(parts[1:]): nested}}

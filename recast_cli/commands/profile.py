@@ -177,13 +177,17 @@ def print_profile(result: dict[str, Any]) -> None:
     """Print the table on stdout, and what was measured below it."""
     from recast_cli.console import console, print_table
 
-    arms, ratio, setting = result["arms"], result["ratio"], result["setting"]
+    arms, setting = result["arms"], result["setting"]
+    ratio, inside = result["cost"]["ratio"], result["cost"]["worker_ratio"]
     stock, recast = arms["stock"], arms["recast"]
     rows: list[list[Any]] = []
     for phase in ("hook", "old_log_prob", "ref_log_prob", "actor_update", "actor_total"):
         if phase in recast["seconds"]:
             cells = [_seconds(cost["seconds"].get(phase)) for cost in (stock, recast)]
             rows.append([f"{phase.replace('_', ' ')}, s", *cells, _times(ratio.get(phase))])
+    for phase in inside:
+        cells = [_seconds(cost["worker_seconds"][phase]) for cost in (stock, recast)]
+        rows.append([f"{phase.replace('_', ' ')}, s in the worker", *cells, _times(inside[phase])])
     for phase in stock["mfu"]:
         cells = [f"{cost['mfu'][phase]:.1%}" for cost in (stock, recast)]
         rows.append([f"{phase.replace('_', ' ')}, MFU", *cells, None])
@@ -197,14 +201,14 @@ def print_profile(result: dict[str, Any]) -> None:
         rows.append([f"{phase.replace('_', ' ')}, peak MiB", *cells, None])
     rows.append(["worst phase, peak MiB", None, None, _times(ratio["peak_memory"])])
     print_table("Cost of a step: median (min-max)", ["", "stock GRPO", "ReCast", "stock/ReCast"], rows)
-    kept = result["kept"]
+    kept, total = result["cost"]["kept"], stock["seconds"]["actor_total"]["count"]
     for line in (
         f"{setting['prompts']} prompts of {setting['prompt_tokens_mean']:.0f} tokens (at most "
         f"{setting['prompt_tokens_max']}) x {setting['group_size']} rollouts, {setting['parameters']:,} "
         f"parameters, {setting['device']} ({setting['cpu']}), {setting['threads']} threads",
-        f"kept {kept['samples']} of {kept['rollouts']} rollouts in {kept['trainable_groups']} trainable groups; "
-        f"{len(stock['repeats'])} fresh processes of each arm, {stock['seconds']['actor_total']['count']} timed "
-        f"steps in all; matrix-product peak {setting['peak_flops'] / 1e9:,.0f} GFLOP/s",
+        f"kept {kept['samples']}/{kept['rollouts']} rollouts, {kept['trainable_groups']} groups trainable; "
+        f"{len(stock['repeats'])} processes and {total} timed steps an arm; "
+        f"matrix-product peak {setting['peak_flops'] / 1e9:,.0f} GFLOP/s",
     ):
         console().print(line)
 

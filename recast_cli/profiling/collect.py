@@ -187,6 +187,15 @@ def ratios(stock: dict[str, Any], recast: dict[str, Any]) -> dict[str, float]:
     return found
 
 
+def worker_ratios(stock: dict[str, Any], recast: dict[str, Any]) -> dict[str, float]:
+    """Stock over ReCast inside the worker alone: what the drop saves before verl's own dispatch and
+    transfer of data, which cost both arms about the same."""
+    return {
+        phase: found["median"] / recast["worker_seconds"][phase]["median"]
+        for phase, found in stock["worker_seconds"].items()
+    }
+
+
 def ratio_ranges(stock: dict[str, Any], recast: dict[str, Any]) -> dict[str, list[float]]:
     """Lowest and highest ratio of the repeats' medians, repeat by repeat."""
     found = {}

@@ -45,7 +45,8 @@ def _headline(setting: dict[str, Any]) -> str:
     return (
         f"{setting['prompts']} prompts x {setting['group_size']} rollouts, "
         f"{setting['prompt_tokens_mean']:.0f} prompt tokens, {setting['parameters'] / 1e6:.2f} M parameters, "
-        f"{setting['device']}, {setting['threads']} threads"
+        f"{setting['device']}, "
+        f"{setting['threads']} thread{'s' if setting['threads'] > 1 else ''}"
     )
 
 
@@ -82,10 +83,11 @@ def _seconds(axes: Any, result: dict[str, Any]) -> None:
                 fontsize=7.5,
             )
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_ylim(lowest / 2, highest * 6)
     for x, phase in enumerate(phases):
-        if phase in result["ratio"]:
-            axes.text(x, highest * 2.6, f"{result['ratio'][phase]:.1f}x", ha="center", weight="bold")
+        if phase in result["cost"]["ratio"]:
+            axes.text(x, highest * 2.6, f"{result['cost']['ratio'][phase]:.1f}x", ha="center", weight="bold")
     axes.set_xticks(range(len(phases)), [TITLES[phase] for phase in phases])
     axes.set_ylabel("seconds per step (log)")
 
@@ -114,4 +116,6 @@ def _memory(axes: Any, result: dict[str, Any]) -> None:
     axes.set_ylim(0, highest * 1.15)
     axes.set_xticks(range(len(phases)), [TITLES[phase] for phase in phases])
     axes.set_ylabel("peak MiB (hatched: weights, optimiser)")
-    axes.set_title(f"worst phase: {result['ratio']['peak_memory']:.2f}x less", fontsize=9, loc="left")
+    axes.set_title(
+        f"worst phase: stock / ReCast = {result['cost']['ratio']['peak_memory']:.1f}x", fontsize=9, loc="left"
+    )

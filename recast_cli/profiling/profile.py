@@ -15,7 +15,16 @@ import numpy as np
 from recast_cli.artifacts import atomic_text
 from recast_cli.core.cost import ModelShape
 from recast_cli.errors import EnvironmentFault
-from recast_cli.profiling.collect import MEMORY, WARM_UP, Run, arm_cost, ratio_ranges, ratios, read_run
+from recast_cli.profiling.collect import (
+    MEMORY,
+    WARM_UP,
+    Run,
+    arm_cost,
+    ratio_ranges,
+    ratios,
+    read_run,
+    worker_ratios,
+)
 from recast_cli.profiling.record import Recording
 
 ARMS = {"stock": "grpo", "recast": "recast"}  # arm -> method of the recipe
@@ -90,7 +99,7 @@ def summarise(
     peak_flops: float,
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The result: `ratio`, `tokens`, `mfu` for a summary, `arms` with everything, and what it was run on.
+    """The result: `cost` for a summary, `arms` with everything, and `setting`, what it was run on.
 
     Args:
         config: The model's `config.json`.
@@ -103,14 +112,17 @@ def summarise(
     signal = next(run.signal for run in runs if run.arm == "recast")
     num_groups = len(recording.prompt_tokens)
     return {
-        "ratio": ratios(stock, recast),
-        "ratio_range": ratio_ranges(stock, recast),
-        "tokens": {arm: cost["tokens"] for arm, cost in arms.items()},
-        "mfu": {arm: cost["mfu"] for arm, cost in arms.items()},
-        "kept": {
-            "samples": int(signal["signal/kept_samples"]),
-            "trainable_groups": num_groups - int(signal["signal/skipped_groups"]),
-            "rollouts": int(signal["signal/rollouts"]),
+        "cost": {
+            "ratio": ratios(stock, recast),
+            "ratio_range": ratio_ranges(stock, recast),
+            "worker_ratio": worker_ratios(stock, recast),
+            "tokens": {arm: cost["tokens"] for arm, cost in arms.items()},
+            "mfu": {arm: cost["mfu"] for arm, cost in arms.items()},
+            "kept": {
+                "samples": int(signal["signal/kept_samples"]),
+                "trainable_groups": num_groups - int(signal["signal/skipped_groups"]),
+                "rollouts": int(signal["signal/rollouts"]),
+            },
         },
         "arms": arms,
         "setting": {

@@ -93,7 +93,7 @@ def _load(model_dir: Path, device: str) -> Any:
         raise ArtifactError(f"no model in {model_dir} (config.json not found)", "name a Hugging Face folder")
     logging.disable_progress_bar()
     dtype = torch.float32 if device == "cpu" else torch.bfloat16  # as the rollout server
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         model_dir, dtype=dtype, attn_implementation="sdpa", local_files_only=True
     )
     return model.to(device).eval()

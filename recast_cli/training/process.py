@@ -3,6 +3,7 @@ one line."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -123,12 +124,10 @@ def _report(metrics: Path, seen: int, on_step: Callable[[dict[str, Any]], None] 
 
 def _stop(child: subprocess.Popen) -> None:
     """End the child's whole process group: politely, then for good."""
-    for sign, patience in ((signal.SIGINT, 10.0), (signal.SIGKILL, 5.0)):
-        try:
-            os.killpg(child.pid, sign)
-            child.wait(patience)
-            return
-        except subprocess.TimeoutExpired:
-            continue
-        except ProcessLookupError:
-            return
+    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        os.killpg(child.pid, signal.SIGINT)
+        child.wait(10.0)
+    with contextlib.suppress(ProcessLookupError):  # raised if nobody is left
+        os.killpg(child.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(5.0)

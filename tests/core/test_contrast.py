@@ -1,9 +1,9 @@
 """Repair and contrast: hand-made groups, then a plain-loop reference over random ones."""
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from recast_cli.core.contrast import pair_advantages, select_pairs
 from recast_cli.core.seeding import tie_keys
 

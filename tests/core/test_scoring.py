@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from recast_cli.core.scoring import matched_levels, prefix_value, score_rollouts, score_sets
 
 

@@ -1,6 +1,7 @@
 """Counter-based draws: reproducible, independent of the batch, uniform."""
 
 import numpy as np
+
 from recast_cli.core.seeding import hash64, tie_keys, uniforms
 
 MASK = (1 << 64) - 1

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from recast_cli.core.signal import group_statistics
 
 

@@ -102,7 +102,7 @@ def test_only_the_code_where_the_pair_parts_is_learned(model: torch.nn.Module) -
     whole = gradient(model, loss_of(token_log_probs(model, PAIR), [[1, 1, 1]] * 2, config)[0])
     last = gradient(model, loss_of(token_log_probs(model, PAIR), [[0, 0, 1]] * 2, config)[0])
     assert last.norm() > 1e-3
-    assert torch.allclose(whole, last, rtol=0, atol=1e-12)
+    assert torch.allclose(whole, last, rtol=0, atol=1e-6)  # the norms work in float32
 
 
 def test_the_step_raises_the_positive_and_lowers_the_negative(model: torch.nn.Module) -> None:

@@ -151,7 +151,7 @@ def phase(name: str, engine: Any, data: Any) -> Iterator[None]:
         log.write(json.dumps(record) + "\n")
 
 
-def _size(input_ids: torch.Tensor) -> dict[str, int]:
+def _size(input_ids: Any) -> dict[str, int]:
     """Rows, real tokens (no padding) and the sum of squared lengths of a jagged tensor."""
     lengths = input_ids.offsets().diff()
     return {

@@ -1,0 +1,111 @@
+"""Tracked allocations against bytes counted by hand, and what the worker writes about a call."""
+
+from __future__ import annotations
+
+import json
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from verl_recast.platform import measure
+from verl_recast.platform.measure import AllocationTracker, phase, phase_name
+
+KB = 1000 * 4  # 1000 float32
+
+
+def test_allocations_and_frees() -> None:
+    tracker = AllocationTracker(set())
+    with tracker:
+        a = torch.ones(1000)
+        assert (tracker.current, tracker.peak) == (KB, KB)
+        b = a * 2
+        assert (tracker.current, tracker.peak) == (2 * KB, 2 * KB)
+        del a
+        assert (tracker.current, tracker.peak) == (KB, 2 * KB)
+        view = b.view(10, 100)[2:]
+        b.add_(1)
+        assert tracker.current == KB, "views and in-place results take nothing"
+        del b
+        assert tracker.current == KB, "the view holds the storage"
+        del view
+        assert tracker.current == 0
+        c = torch.zeros(1500, dtype=torch.float64)
+        assert (tracker.current, tracker.peak) == (3 * KB, 3 * KB)
+        del c
+    assert (tracker.current, tracker.peak) == (0, 3 * KB)
+
+
+def test_what_was_there_before_does_not_count() -> None:
+    weight, data = torch.ones(1000), torch.ones(1000)
+    tracker = AllocationTracker({weight.untyped_storage()._cdata})
+    with tracker:
+        first, second = weight.view(10, 100), data.view(10, 100)
+        weight.mul_(2)
+        assert tracker.current == 0
+        del first, second
+
+
+def test_what_only_autograd_holds_counts_until_the_backward_pass() -> None:
+    x = torch.ones(1000, requires_grad=True)
+    tracker = AllocationTracker(set())
+    with tracker:
+        loss = x.exp().sin().sum()  # sin keeps the result of exp, sum keeps nothing
+        assert tracker.peak == KB + KB + 4
+        assert tracker.current == KB + 4
+        # at most exp's result, the cosine and their gradient's product, the loss and its own gradient
+        loss.backward()
+        assert tracker.peak == 3 * KB + 4 + 4
+        assert tracker.current == KB + 4, "x.grad and the loss"
+    assert x.grad is not None
+
+
+def engine() -> types.SimpleNamespace:
+    """What `phase` looks at of a verl engine: 6 weights and a bias of 2, with AdamW's two moments."""
+    module = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(module.parameters())
+    module(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return types.SimpleNamespace(module=module, optimizer=optimizer)
+
+
+@pytest.fixture
+def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("RECAST_MEASURE", str(tmp_path / "log"))
+    monkeypatch.setattr(measure, "_calls", type(measure._calls)())
+    return tmp_path / "log"
+
+
+def test_a_call_is_described(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECAST_MEASURE_MEMORY_FROM", "2")
+    ids = torch.nested.as_nested_tensor([torch.arange(3), torch.arange(5)], layout=torch.jagged)
+    for _ in range(2):
+        with phase("actor_update", engine(), {"input_ids": ids}):
+            kept = torch.ones(1000)
+    with phase("optimizer", engine(), None):
+        del kept
+    first, second, optimizer = [json.loads(line) for line in log.read_text().splitlines()]
+    assert (first["phase"], first["call"], second["call"]) == ("actor_update", 1, 2)
+    assert (optimizer["phase"], optimizer["call"]) == ("optimizer", 1), "every phase counts its own calls"
+    assert (first["rows"], first["tokens"], first["square_tokens"]) == (2, 3 + 5, 9 + 25)
+    assert "peak_bytes" not in first, "a timed call is not tracked"
+    assert second["peak_bytes"] == KB
+    weights, moments, counters = 8 * 4, 2 * 8 * 4, 2 * 4
+    assert second["resident_bytes"] == weights + moments + counters
+    assert first["wall_s"] > 0
+
+
+def test_nothing_is_written_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RECAST_MEASURE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    with phase("actor_update", None, None):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_phase_names() -> None:
+    assert phase_name(reference=True, forward_only=True) == "ref_log_prob"
+    assert phase_name(reference=False, forward_only=True) == "old_log_prob"
+    assert phase_name(reference=False, forward_only=False) == "actor_update"

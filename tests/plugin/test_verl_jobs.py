@@ -1,0 +1,318 @@
+"""Real verl jobs on a small synthetic dataset, through the command line, each in a child process.
+
+Six jobs share one warm start; each of them starts Ray and takes half a minute to a minute and a half. The
+learning rate is far too high on purpose: weights that did not reach the rollout server show at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from recast_cli.artifacts import load_manifest
+from recast_cli.core.decoding import sample
+from recast_cli.core.seeding import uniforms
+from verl_recast.catalogue import Catalogue
+
+pytestmark = pytest.mark.verl
+
+SEED, PROMPTS, GROUP, STEPS = 3, 4, 4, 2
+RECIPE = f"""
+seed: {SEED}
+device: cpu
+threads: 1
+ray_cpus: 8
+data: {{data}}
+tokenizer: {{tokenizer}}
+warm_start: {{{{out: warm_start, epochs: 1, batch_size: 32, learning_rate: 3.0e-3}}}}
+rl: {{{{steps: {STEPS}, prompts_per_step: {PROMPTS}, group_size: {GROUP}, learning_rate: 0.01, warmup_steps: 0, save_every: 1}}}}
+"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A finished `recast train`."""
+
+    code: int
+    stdout: str
+    stderr: str
+    out: Path
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        lines = (self.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line)["data"] for line in lines]
+
+    def dump(self, step: int) -> list[dict[str, Any]]:
+        """verl's own record of the rollouts that reached the end of a step."""
+        path = self.out.parent / f"{self.out.name}-rollouts" / f"{step}.jsonl"
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def workspace(artifacts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recipe; relative paths in it are relative to the working directory, as a user has it."""
+    folder = tmp_path_factory.mktemp("jobs")
+    text = RECIPE.format(data=artifacts[0], tokenizer=artifacts[1])
+    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    return folder
+
+
+def recast(workspace: Path, *arguments: str, timeout: float = 420) -> tuple[int, str, str]:
+    """Run `recast` in its own session and end all of it if it takes too long."""
+    program = "import sys; from recast_cli.main import main; sys.argv[0] = 'recast'; main()"
+    child = subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        cwd=workspace,
+        env={**os.environ, "NO_COLOR": "1", "COLUMNS": "200"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        stdout, stderr = child.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        child.send_signal(signal.SIGINT)  # `recast` ends verl's process group
+        stdout, stderr = child.communicate(timeout=60)
+        pytest.fail(f"recast {' '.join(arguments)} took over {timeout} s\n{stdout[-2000:]}{stderr[-2000:]}")
+    return child.returncode, stdout, stderr
+
+
+def train(workspace: Path, name: str, *overrides: str) -> Job:
+    out = workspace / name
+    arguments = ["train", "recipe.yaml", f"out={name}", *overrides]
+    if "method.name=sft-continued" not in overrides:
+        arguments.append(f"verl.trainer.rollout_data_dir={workspace / f'{name}-rollouts'}")
+    return Job(*recast(workspace, *arguments), out)
+
+
+def succeed(job: Job) -> Job:
+    assert job.code == 0, job.stdout[-2000:] + job.stderr[-2000:]
+    return job
+
+
+@pytest.fixture(scope="module")
+def recast_job(workspace: Path) -> Job:
+    return succeed(train(workspace, "recast"))
+
+
+@pytest.fixture(scope="module")
+def grpo_job(workspace: Path, recast_job: Job) -> Job:
+    return succeed(train(workspace, "grpo", "method.name=grpo"))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+
+
+def drawn(workspace: Path, tokenizer_folder: Path, job: Job, step: int, model: Path) -> list[list[str]]:
+    """The rollouts of a step as text, group by group, drawn here from a model on disk."""
+    catalogue = Catalogue.load(tokenizer_folder)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder / "model")
+    rows = pq.read_table(job.out / "rows.parquet").slice((step - 1) * PROMPTS, PROMPTS).to_pylist()
+    prompts = [
+        tokenizer(
+            tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False),
+            add_special_tokens=False,
+        )["input_ids"]
+        for row in rows
+    ]
+    draws = uniforms(SEED, step, np.array([row["extra_info"]["index"] for row in rows]), GROUP, 3)
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    samples = sample(
+        policy, catalogue.trie, catalogue.level_offsets, prompts, draws, pad_token_id=catalogue.pad_token_id
+    )
+    tokens_BGL = catalogue.token_ids(samples.codes_BGL.numpy())
+    return [[tokenizer.decode(tokens) for tokens in group] for group in tokens_BGL]
+
+
+def pairs(prompts: list[list[str]], inputs: list[str]) -> Counter[tuple[str, str]]:
+    return Counter((text, answer) for text, group in zip(inputs, prompts, strict=True) for answer in group)
+
+
+def prompt_texts(job: Job, tokenizer_folder: Path, step: int) -> list[str]:
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder / "model")
+    rows = pq.read_table(job.out / "rows.parquet").slice((step - 1) * PROMPTS, PROMPTS).to_pylist()
+    return [
+        tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
+        for row in rows
+    ]
+
+
+# -- (a) the main path -----------------------------------------------------------------------------------
+
+
+def test_recast_keeps_two_rows_of_every_group_and_repairs_the_empty_ones(recast_job: Job) -> None:
+    assert len(recast_job.metrics) == STEPS
+    for found in recast_job.metrics:
+        trainable = PROMPTS - found["signal/skipped_groups"]
+        assert found["signal/rollouts"] == PROMPTS * GROUP
+        assert found["signal/kept_samples"] == 2 * trainable
+        assert found["signal/padding_samples"] == 2 * found["signal/skipped_groups"]
+        assert found["signal/all_zero_after_repair"] == 0
+        assert found["signal/repaired_groups"] == found["signal/all_zero"] * PROMPTS
+        assert found["signal/invalid"] == 0
+        assert found["signal/all_zero"] + found["signal/single_hit"] + found["signal/multi_hit"] == 1
+        assert found["critic/advantages/max"] == 1 and found["critic/advantages/min"] == -1
+        # nobody sampled the anchors: they are no part of the comparison of rollout with actor
+        assert found["training/rollout_probs_diff_max"] < 1e-5
+    assert sum(found["signal/repaired_groups"] for found in recast_job.metrics) > 0
+
+
+def test_every_kept_pair_is_a_hit_and_a_miss_of_one_prompt(recast_job: Job) -> None:
+    for step in range(1, STEPS + 1):
+        by_prompt: dict[str, list[dict[str, Any]]] = {}
+        for row in recast_job.dump(step):
+            by_prompt.setdefault(row["uid"].split("_")[0], []).append(row)
+        for rows in by_prompt.values():
+            assert sorted(row["score"] for row in rows) == [0, 1]
+            positive = next(row for row in rows if row["score"] == 1)
+            negative = next(row for row in rows if row["score"] == 0)
+            assert positive["output"] == positive["gts"]
+            assert negative["output"] != negative["gts"]
+
+
+def test_run_directory_is_whole_and_the_model_moved(recast_job: Job, workspace: Path) -> None:
+    manifest = load_manifest(recast_job.out, "run")
+    assert manifest["recipe"]["method"]["name"] == "recast"
+    assert manifest["seed"] == SEED and manifest["versions"]["verl"] == "0.9.1"
+    assert set(manifest["parents"]) == {"dataset", "tokenizer"}
+    for name in ("recipe.yaml", "command.txt", "metrics.jsonl", "rows.parquet", "logs/train.log"):
+        assert (recast_job.out / name).stat().st_size > 0, name
+    assert not (recast_job.out / "outputs").exists()
+    assert (workspace / "warm_start" / "warm_start.log").is_file()
+    start, end = weights(workspace / "warm_start" / "model"), weights(recast_job.out / "model")
+    assert start.keys() == end.keys()
+    assert all(torch.isfinite(tensor).all() for tensor in end.values())
+    assert any(not torch.equal(start[name], end[name]) for name in start)
+
+
+def test_second_call_reuses_the_run_and_says_so(recast_job: Job, workspace: Path) -> None:
+    before = (recast_job.out / "manifest.json").read_bytes()
+    again = train(workspace, "recast")
+    assert again.code == 0
+    assert "reusing the finished run in recast" in again.stdout + again.stderr
+    assert (recast_job.out / "manifest.json").read_bytes() == before
+
+
+def test_run_directory_of_another_recipe_is_an_error(recast_job: Job, workspace: Path) -> None:
+    other = train(workspace, "recast", "method.w_negative=0.5")
+    assert other.code == 2
+    assert "error: recast holds a run of another recipe or data" in other.stderr
+    assert "hint:" in other.stderr and "Traceback" not in other.stderr
+
+
+# -- (b) the same rollouts for every method, (c) from the newest weights ---------------------------------
+
+
+def test_stock_grpo_sees_the_same_first_rollouts_as_recast(
+    recast_job: Job, grpo_job: Job, workspace: Path, tokenizer_folder: Path
+) -> None:
+    inputs = prompt_texts(grpo_job, tokenizer_folder, 1)
+    start = workspace / "warm_start" / "model"
+    expected = pairs(drawn(workspace, tokenizer_folder, grpo_job, 1, start), inputs)
+    assert expected.total() == PROMPTS * GROUP
+    assert Counter((row["input"], row["output"]) for row in grpo_job.dump(1)) == expected
+    # ReCast's rows are among them, but for its anchors (which are the target)
+    kept = Counter((row["input"], row["output"]) for row in recast_job.dump(1) if row["score"] == 0)
+    assert kept and kept <= expected
+    first, stock = recast_job.metrics[0], grpo_job.metrics[0]
+    assert first["signal/hit_rate"] == pytest.approx(stock["critic/score/mean"])
+
+
+def test_second_steps_rollouts_come_from_the_first_steps_weights(
+    recast_job: Job, workspace: Path, tokenizer_folder: Path
+) -> None:
+    inputs = prompt_texts(recast_job, tokenizer_folder, 2)
+    updated = recast_job.out / "checkpoints" / "global_step_1" / "actor" / "huggingface"
+    stale = workspace / "warm_start" / "model"
+    fresh = pairs(drawn(workspace, tokenizer_folder, recast_job, 2, updated), inputs)
+    old = pairs(drawn(workspace, tokenizer_folder, recast_job, 2, stale), inputs)
+    kept = Counter((row["input"], row["output"]) for row in recast_job.dump(2) if row["score"] == 0)
+    assert kept and kept <= fresh
+    assert not kept <= old  # the start model would have drawn something else
+    # and what the server said of them is what the actor says of them, step by step
+    for found in recast_job.metrics:
+        assert found["training/rollout_probs_diff_max"] < 1e-5
+
+
+# -- (d) reproducibility, (g) control, (h) no signal -----------------------------------------------------
+
+
+def test_same_recipe_gives_the_same_weights_bit_for_bit(recast_job: Job, workspace: Path) -> None:
+    again = succeed(train(workspace, "recast-again"))
+    first, second = weights(recast_job.out / "model"), weights(again.out / "model")
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+    assert "reusing the warm start" in again.stdout + again.stderr
+
+
+def test_continued_sft_trains_on_the_same_prompts(recast_job: Job, workspace: Path) -> None:
+    job = succeed(train(workspace, "sft", "method.name=sft-continued"))
+    assert len(job.metrics) == STEPS
+    assert all(np.isfinite(found["train/loss"]) for found in job.metrics)
+    start, end = weights(workspace / "warm_start" / "model"), weights(job.out / "model")
+    assert any(not torch.equal(start[name], end[name]) for name in start)
+    messages = pq.read_table(job.out / "rows.parquet")["messages"].to_pylist()
+    rows = pq.read_table(recast_job.out / "rows.parquet").to_pylist()
+    assert [row[-1]["content"] for row in messages] == [row["reward_model"]["ground_truth"] for row in rows]
+
+
+def test_step_in_which_every_rollout_hits_does_no_harm(
+    recast_job: Job, workspace: Path, artifacts: tuple[Path, Path]
+) -> None:
+    """The whole catalogue is the target, so no group has a legal negative."""
+    everything = "".join(
+        sid.removeprefix("<|sid_begin|>").removesuffix("<|sid_end|>")
+        for sid in pq.read_table(artifacts[1] / "semantic_ids.parquet")["sid"].to_pylist()
+    )
+    rows = pq.read_table(recast_job.out / "rows.parquet")
+    column = [{"style": "rule", "ground_truth": everything}] * rows.num_rows
+    place = rows.schema.get_field_index("reward_model")
+    field = rows.schema.field(place)
+    pq.write_table(rows.set_column(place, field, pa.array(column, field.type)), workspace / "all_hit.parquet")
+    job = succeed(
+        train(workspace, "all-hit", f"verl.data.train_files='{workspace / 'all_hit.parquet'}'", "rl.steps=2")
+    )
+    assert len(job.metrics) == 2
+    for found in job.metrics:
+        assert found["signal/multi_hit"] == 1 and found["signal/hit_rate"] == 1
+        assert found["signal/skipped_groups"] == PROMPTS
+        assert found["signal/repaired_groups"] == 0
+        assert found["critic/advantages/max"] == found["critic/advantages/min"] == 0
+    start, end = weights(workspace / "warm_start" / "model"), weights(job.out / "model")
+    for name, tensor in end.items():
+        assert torch.isfinite(tensor).all(), name
+        # no gradient: all that may move a weight is its decay, 1 - lr * 0.1 a step
+        assert torch.allclose(tensor, start[name] * (1 - 0.01 * 0.1) ** 2, rtol=1e-4, atol=1e-6), name
+
+
+# -- (e) failures ----------------------------------------------------------------------------------------
+
+
+def test_failed_rollout_ends_the_run_with_its_cause(recast_job: Job, workspace: Path) -> None:
+    job = train(workspace, "too-long", "verl.actor_rollout_ref.rollout.prompt_length=6")
+    assert job.code == 2
+    lines = [line for line in job.stderr.splitlines() if line.startswith(("error:", "hint:"))]
+    assert len(lines) == 2, job.stderr
+    assert "prompt has 26 tokens, actor_rollout_ref.rollout.prompt_length is 6" in lines[0]
+    assert str(Path("too-long") / "logs" / "train.log") in lines[1]
+    assert (job.out / "logs" / "train.log").is_file()
+    assert not (job.out / "manifest.json").exists()
+    again = train(workspace, "too-long", "verl.actor_rollout_ref.rollout.prompt_length=6")
+    assert again.code == 2 and "did not finish" in again.stderr

@@ -1,0 +1,95 @@
+"""One real profile, small: two verl jobs on a synthetic dataset (one to four minutes)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+RECIPE = """
+data: data
+tokenizer: tokenizer
+out: run
+seed: 3
+device: cpu
+threads: 1
+ray_cpus: 8
+rl: {kl_coef: 0.001, learning_rate: 1.0e-4}
+"""
+
+
+def recast(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    program = "import sys; from recast_cli.main import main; sys.argv[0] = 'recast'; main()"
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("profile")
+    sizes = ["--num-users", "60", "--num-items", "40", "--num-clusters", "4", "--sparsity", "0.7"]
+    small = ["--embeddings", "cooccurrence", "--codebook-size", "8", "--hidden-size", "64", "--layers", "2"]
+    for command in (
+        ["prepare-data", "synthetic", "--out", "data", "--history", "5", *sizes],
+        ["build-tokenizer", "--data", "data", "--out", "tokenizer", *small],
+    ):
+        done = recast(folder, *command)
+        assert done.returncode == 0, done.stderr
+    (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.verl
+def test_both_arms_replay_the_same_rollouts(workspace: Path) -> None:
+    options = ["--prompts", "3", "--group-size", "4", "--steps", "1", "--repeats", "1", "--out", "out"]
+    done = recast(workspace, "profile", "recipe.yaml", *options, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result == json.loads((workspace / "out" / "profile.json").read_text())
+    assert (workspace / "out" / "profile.png").stat().st_size > 10_000
+
+    # what either job stored in verl's queue: three steps (warm-up, timed, memory), one and the same batch
+    digests = []
+    for arm in ("stock-1", "recast-1"):
+        lines = (workspace / "out" / "jobs" / arm / "replayed.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        assert [record["rollouts"] for record in records] == [3 * 4] * 3
+        digests += [record["sha256"] for record in records]
+    assert len(set(digests)) == 1
+
+    cost, arms = result["cost"], result["arms"]
+    trainable = cost["kept"]["trainable_groups"]
+    assert trainable >= 1
+    assert cost["kept"]["samples"] == 2 * trainable, "exactly two samples of each trainable group"
+    assert arms["stock"]["rows"]["actor_update"] == 3 * 4
+    assert arms["recast"]["rows"]["actor_update"] == 3 * 2, "skipped groups leave masked padding rows"
+
+    # tokens by hand: the recorded prompts and 3 codes for each of the 4 rollouts
+    with np.load(workspace / "out" / "jobs" / "rollouts.npz") as recording:
+        assert recording["codes_BGL"].shape == (3, 4, 3)
+    prompt_tokens = result["setting"]["prompt_tokens_mean"] * 3
+    assert arms["stock"]["tokens"]["old_log_prob"] == pytest.approx(4 * (prompt_tokens + 3 * 3))
+    for phase in ("old_log_prob", "ref_log_prob", "actor_update"):
+        for arm in arms.values():
+            assert 0 < arm["mfu"][phase] < 2
+            assert arm["worker_seconds"][phase]["median"] < arm["seconds"][phase]["median"]
+            assert arm["peak_bytes"][phase] > 0
+    assert arms["stock"]["seconds"]["actor_total"]["count"] == 1
+    assert "hook" in arms["recast"]["seconds"]
+    assert "hook" not in arms["stock"]["seconds"]
+
+
+def test_a_missing_model_is_the_users_mistake(workspace: Path) -> None:
+    done = recast(workspace, "profile", "recipe.yaml", "--model", "nowhere", "--out", "other")
+    assert done.returncode == 2
+    assert "error: no model in nowhere (config.json not found)" in done.stderr

@@ -1,0 +1,227 @@
+"""Recipes: reading, merging, overriding, and every violation at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from recast_cli.errors import RecipeError
+from recast_cli.recipe import Recipe, dump_recipe, load_recipe
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = sorted(ROOT.glob("recipes/**/*.yaml"))
+MINIMAL = "data: d\ntokenizer: t\nout: o\n"
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def make(text: str, name: str = "recipe.yaml") -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return make
+
+
+def test_smallest_recipe_has_the_papers_defaults(write) -> None:
+    recipe = load_recipe(write(MINIMAL))
+    assert (recipe.data, recipe.tokenizer, recipe.out) == ("d", "t", "o")
+    assert (recipe.method.name, recipe.method.w_positive, recipe.method.w_negative) == ("recast", 1, 1)
+    rl = recipe.rl
+    assert (rl.group_size, rl.learning_rate, rl.warmup_steps, rl.weight_decay) == (32, 2e-6, 10, 0.1)
+    assert (rl.kl_coef, rl.clip_low, rl.clip_high, rl.temperature) == (0.001, 0.2, 0.28, 1)
+
+
+# -- extends ---------------------------------------------------------------------------------------------
+
+
+def test_extends_merges_sections_key_by_key_through_several_files(write) -> None:
+    write(MINIMAL + "seed: 1\nrl: {steps: 5, group_size: 8}\nverl: {a.b: 1}\n", "base/root.yaml")
+    write("extends: root.yaml\nrl: {steps: 6}\nverl: {a.c: 2}\n", "base/middle.yaml")
+    top = write("extends: base/middle.yaml\nout: other\nrl: {kl_coef: 0}\n", "top.yaml")
+    recipe = load_recipe(top)
+    assert (recipe.out, recipe.seed) == ("other", 1)
+    assert (recipe.rl.steps, recipe.rl.group_size, recipe.rl.kl_coef) == (6, 8, 0)
+    assert recipe.verl == {"a.b": 1, "a.c": 2}
+
+
+def test_circular_extends_is_an_error(write) -> None:
+    write("extends: b.yaml\n", "a.yaml")
+    with pytest.raises(RecipeError, match="extends itself"):
+        load_recipe(write("extends: a.yaml\n", "b.yaml"))
+    with pytest.raises(RecipeError, match="extends itself"):
+        load_recipe(write("extends: ../self/c.yaml\n", "self/c.yaml"))
+
+
+def test_one_base_may_be_extended_twice_in_a_row(write) -> None:
+    write(MINIMAL, "base.yaml")
+    assert load_recipe(write("extends: base.yaml\nseed: 1\n", "one.yaml")).seed == 1
+    assert load_recipe(write("extends: base.yaml\nseed: 2\n", "two.yaml")).seed == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("extends: nowhere.yaml\n", r"nowhere\.yaml does not exist"),
+        ("- a\n- b\n", "holds a list, needed a mapping"),
+        ("", "holds a NoneType, needed a mapping"),
+        ("just words\n", "holds a str, needed a mapping"),
+        ("a: [1\nb: 2\n", "cannot be read"),
+    ],
+)
+def test_file_that_is_no_recipe(write, text: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message) as caught:
+        load_recipe(write(text))
+    assert caught.value.hint and "\n" not in caught.value.message
+
+
+def test_missing_binary_or_unreadable_recipe(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="does not exist"):
+        load_recipe(tmp_path / "absent.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00a: 1")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path / "binary.yaml")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path)
+
+
+# -- overrides -------------------------------------------------------------------------------------------
+
+
+def test_overrides_come_last_and_reach_nested_keys(write) -> None:
+    path = write(MINIMAL + "rl: {steps: 5}\n")
+    found = load_recipe(path, ["rl.steps=7", "rl.steps=9", "out=runs/a=b c", "method.w_negative=0"])
+    assert found.rl.steps == 9
+    assert found.out == "runs/a=b c"  # only the first = parts key from value
+    assert found.method.w_negative == 0
+
+
+def test_values_are_read_as_yaml(write) -> None:
+    path = write(MINIMAL)
+    found = load_recipe(path, ["rl.learning_rate=1e-3", "model=null", "warm_start={epochs: 2}", "seed= 4 "])
+    assert found.rl.learning_rate == 0.001
+    assert found.model is None and found.warm_start.epochs == 2 and found.seed == 4
+    assert load_recipe(path, ["model="]).model is None
+    assert load_recipe(path, ["rl.save_every=5"]).rl.save_every == 5
+
+
+def test_text_that_could_be_a_number_stays_text(write) -> None:
+    path = write(MINIMAL)
+    for name in ("nan", "infinity", "1_000e", "'1e5'", '"2024"'):
+        assert load_recipe(path, [f"out={name}"]).out == name.strip("'\"")
+    with pytest.raises(RecipeError, match=r"out: found 2024, input should be a valid string"):
+        load_recipe(path, ["out=2024"])
+
+
+def test_verls_own_keys_keep_their_dots(write) -> None:
+    path = write(MINIMAL + "verl: {trainer.nnodes: 1}\n")
+    found = load_recipe(path, ["verl.+trainer.foo.bar=1e-3", "verl.trainer.nnodes=2", "verl.a.b=[1, 2]"])
+    assert found.verl == {"trainer.nnodes": 2, "+trainer.foo.bar": 0.001, "a.b": [1, 2]}
+
+
+@pytest.mark.parametrize("text", ["rl.steps", "=3", " =3", "rl.steps 3", "rl.steps=[1"])
+def test_override_that_is_none(write, text: str) -> None:
+    with pytest.raises(RecipeError, match="override") as caught:
+        load_recipe(write(MINIMAL), [text])
+    assert caught.value.hint
+
+
+def test_override_below_a_value_that_is_no_section(write) -> None:
+    with pytest.raises(RecipeError, match="seed: found"):
+        load_recipe(write(MINIMAL + "seed: 3\n"), ["seed.value=4"])
+
+
+# -- validation ------------------------------------------------------------------------------------------
+
+
+def test_every_violation_is_reported_at_once(write) -> None:
+    text = "data: d\nrl: {steps: 0, stepps: 3}\nseeed: 1\nmethod: {name: ppo}\nwarm_start: {epochs: many}\n"
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(text), ["ray_cpus=2", "rl.learning_rate=0"])
+    message = caught.value.message
+    for problem in (
+        "tokenizer: missing",
+        "out: missing",
+        "rl.stepps: unknown key",
+        "seeed: unknown key",
+        "rl.steps: found 0",
+        "method.name: found 'ppo'",
+        "warm_start.epochs: found 'many'",
+        "ray_cpus: found 2",
+        "rl.learning_rate: found 0",
+    ):
+        assert problem in message
+    assert "\n" not in message
+    assert "known keys" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "rl.group_size=1",
+        "rl.temperature=0",
+        "rl.learning_rate=1.5",
+        "rl.learning_rate=nan",
+        "rl.kl_coef=-1",
+        "rl.kl_coef=inf",
+        "rl.clip_low=0",
+        "method.w_negative=-0.1",
+        "method.w_positive=nan",
+        "warm_start.warmup_ratio=1",
+        "device=tpu",
+        "threads=-1",
+        "num_gpus=0",
+        "rl.steps=1.5",
+        "rl.save_every=-2",
+        "rl.temperature=inf",
+        "seed=-1",
+        "seed=4294967296",
+    ],
+)
+def test_bounds(write, override: str) -> None:
+    with pytest.raises(RecipeError, match=override.partition("=")[0]):
+        load_recipe(write(MINIMAL), [override])
+
+
+def test_minibatches_must_divide_the_prompts_of_a_step(write) -> None:
+    path = write(MINIMAL)
+    recipe = load_recipe(path, ["rl.prompts_per_step=12", "rl.mini_batch_prompts=4"])
+    assert recipe.rl.mini_batch_prompts == 4
+    with pytest.raises(RecipeError, match="prompts_per_step 12 is no multiple of mini_batch_prompts 5"):
+        load_recipe(path, ["rl.prompts_per_step=12", "rl.mini_batch_prompts=5"])
+
+
+def test_resolved_recipe_reads_back_as_itself(write, tmp_path: Path) -> None:
+    recipe = load_recipe(write(MINIMAL), ["rl.learning_rate=1e-7", "verl.a.b=x", "out=Übung"])
+    again = load_recipe(write(dump_recipe(recipe), "again.yaml"))
+    assert again == recipe
+    assert yaml.safe_load(dump_recipe(recipe)) == recipe.model_dump()
+
+
+# -- what we ship ----------------------------------------------------------------------------------------
+
+
+def test_recipes_are_shipped() -> None:
+    assert {path.stem for path in SHIPPED} >= {"base", "recast", "grpo", "sft-continued"}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_shipped_recipe_loads(path: Path) -> None:
+    overrides = ["out=runs/x"] if path.stem == "base" else []
+    recipe = load_recipe(path, overrides)
+    assert isinstance(recipe, Recipe)
+    head = path.read_text(encoding="utf-8").splitlines()[0]
+    assert head.startswith("# ") and len(head) > 20  # says what it is for
+
+
+def test_shipped_methods_differ_in_method_and_folder_alone() -> None:
+    folder = ROOT / "recipes" / "ml-100k"
+    found = {name: load_recipe(folder / f"{name}.yaml") for name in ("recast", "grpo", "sft-continued")}
+    for name, recipe in found.items():
+        assert recipe.method.name == name
+        same = {"method", "out"}
+        assert recipe.model_dump(exclude=same) == found["recast"].model_dump(exclude=same)
+    assert len({recipe.out for recipe in found.values()}) == 3

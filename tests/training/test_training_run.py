@@ -1,0 +1,209 @@
+"""Rows, reuse and estimates of a run: everything of the stage that starts nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from training_artifacts import MODEL_BYTES, NUM_RL_ROWS, sid, write_artifacts
+
+from recast_cli.artifacts import write_manifest
+from recast_cli.errors import ArtifactError, DataError
+from recast_cli.recipe import dump_recipe
+from recast_cli.training import run
+from recast_cli.training.run import Inputs
+
+
+def indices(table) -> list[int]:
+    return [info["index"] for info in table["extra_info"].to_pylist()]
+
+
+# -- rows ------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_a_seeded_permutation(folders) -> None:
+    source = folders[1] / "verl" / "rl.parquet"
+    first = indices(run.draw_rows(source, NUM_RL_ROWS, seed=1))
+    assert sorted(first) == list(range(NUM_RL_ROWS)) and first != sorted(first)
+    assert indices(run.draw_rows(source, NUM_RL_ROWS, seed=1)) == first
+    assert indices(run.draw_rows(source, NUM_RL_ROWS, seed=2)) != first
+    # fewer rows are the beginning of the same order
+    assert indices(run.draw_rows(source, 4, seed=1)) == first[:4]
+
+
+def test_rows_repeat_only_after_all_were_seen(folders) -> None:
+    found = indices(run.draw_rows(folders[1] / "verl" / "rl.parquet", 2 * NUM_RL_ROWS + 3, seed=1))
+    assert len(found) == 2 * NUM_RL_ROWS + 3
+    rounds = [found[:NUM_RL_ROWS], found[NUM_RL_ROWS : 2 * NUM_RL_ROWS], found[2 * NUM_RL_ROWS :]]
+    assert sorted(rounds[0]) == sorted(rounds[1]) == list(range(NUM_RL_ROWS))
+    assert len(set(rounds[2])) == 3
+    assert rounds[0] != rounds[1]  # each round is shuffled anew
+
+
+def test_rows_keep_their_columns(folders) -> None:
+    source = folders[1] / "verl" / "rl.parquet"
+    rows = run.draw_rows(source, 3, seed=0)
+    assert rows.schema == pq.read_schema(source)
+
+
+def test_no_rows_at_all_is_an_error(tmp_path: Path) -> None:
+    _, tokenizer = write_artifacts(tmp_path / "empty", num_rl_rows=0)
+    with pytest.raises(DataError, match="holds no RL rows"):
+        run.draw_rows(tokenizer / "verl" / "rl.parquet", 3, seed=0)
+
+
+def test_continued_sft_learns_the_target_and_nothing_else(folders) -> None:
+    rows = run.draw_rows(folders[1] / "verl" / "rl.parquet", 4, seed=0)
+    for index, messages in zip(
+        indices(rows), run.continued_sft_rows(rows)["messages"].to_pylist(), strict=True
+    ):
+        assert messages == [
+            {"role": "user", "content": sid(index)},
+            {"role": "user", "content": sid(index + 1)},
+            {"role": "assistant", "content": sid(index + 2)},
+        ]
+
+
+# -- parents ---------------------------------------------------------------------------------------------
+
+
+def test_prompt_length_counts_a_full_history_and_the_question(inputs: Inputs) -> None:
+    # 4 items of begin, 3 codes, end; then the begin that asks for the next one
+    assert (inputs.num_levels, inputs.item_tokens, inputs.prompt_length) == (3, 5, 4 * 5 + 1)
+
+
+def test_tokenizer_of_another_dataset_is_refused(make_recipe, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    write_manifest(other, "dataset", num_items=13, params={"history": 4})
+    with pytest.raises(ArtifactError, match=r"built for another dataset .*12 items against 13"):
+        Inputs.load(make_recipe(data=str(other)))
+    with pytest.raises(ArtifactError, match="holds a 'tokenizer' artifact, needed 'dataset'"):
+        Inputs.load(make_recipe(data=make_recipe().tokenizer))
+
+
+# -- reuse -----------------------------------------------------------------------------------------------
+
+
+def finish_run(recipe, inputs: Inputs) -> None:
+    out = Path(recipe.out)
+    out.mkdir()
+    (out / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    run.write_run(out, inputs, {"recipe": recipe.model_dump(), "seed": recipe.seed})
+
+
+def test_no_run_is_found_in_an_empty_or_foreign_folder(make_recipe, inputs: Inputs, tmp_path: Path) -> None:
+    assert run.find_run(make_recipe(), inputs) is None
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    assert run.find_run(make_recipe(), inputs) is None
+
+
+def test_same_recipe_and_parents_reuse_a_finished_run(make_recipe, inputs: Inputs) -> None:
+    recipe = make_recipe(rl={"learning_rate": 1e-5}, verl={"trainer.nnodes": 1})
+    finish_run(recipe, inputs)
+    found = run.find_run(recipe, inputs)
+    assert found is not None and found["kind"] == "run" and found["parents"] == inputs.parents
+
+
+def test_run_of_another_recipe_or_of_other_data_is_refused(
+    make_recipe, inputs: Inputs, tmp_path: Path
+) -> None:
+    finish_run(make_recipe(), inputs)
+    with pytest.raises(ArtifactError, match="another recipe or data") as caught:
+        run.find_run(make_recipe(seed=1), inputs)
+    assert "--overwrite" in caught.value.hint
+    with pytest.raises(ArtifactError, match="another recipe or data"):
+        run.find_run(make_recipe(method={"name": "grpo"}), inputs)
+    manifest = json.loads((tmp_path / "tokenizer" / "manifest.json").read_text())
+    manifest["files"]["model/model.safetensors"] = "0" * 64
+    (tmp_path / "tokenizer" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="another recipe or data"):
+        run.find_run(make_recipe(), Inputs.load(make_recipe()))
+
+
+def test_unfinished_run_is_refused(make_recipe, inputs: Inputs, tmp_path: Path) -> None:
+    finish_run(make_recipe(), inputs)
+    (tmp_path / "run" / "manifest.json").unlink()
+    with pytest.raises(ArtifactError, match="did not finish") as caught:
+        run.find_run(make_recipe(), inputs)
+    assert "--overwrite" in caught.value.hint
+
+
+def finish_warm_start(recipe, inputs: Inputs) -> Path:
+    folder = run.warm_start_dir(recipe)
+    folder.mkdir(parents=True)
+    write_manifest(folder, "warm-start", parents=inputs.parents, **run.warm_start_facts(recipe))
+    return folder
+
+
+def test_warm_start_is_shared_by_recipes_that_start_alike(
+    make_recipe, inputs: Inputs, tmp_path: Path
+) -> None:
+    assert run.warm_start_dir(make_recipe()) == tmp_path / "run" / "warm_start"
+    shared = {"out": str(tmp_path / "shared"), "epochs": 2}
+    recipe = make_recipe(warm_start=shared)
+    assert run.find_warm_start(recipe, inputs) is None
+    finish_warm_start(recipe, inputs)
+    other = make_recipe(warm_start=shared, out=str(tmp_path / "b"), method={"name": "grpo"}, rl={"steps": 3})
+    found = run.find_warm_start(other, inputs)
+    assert found is not None and found["params"]["epochs"] == 2
+    for changed in ({"warm_start": {**shared, "epochs": 3}}, {"warm_start": shared, "seed": 9}):
+        with pytest.raises(ArtifactError, match="warm start of other data or settings"):
+            run.find_warm_start(make_recipe(**changed), inputs)
+
+
+def test_unfinished_warm_start_is_refused(make_recipe, inputs: Inputs) -> None:
+    folder = finish_warm_start(make_recipe(), inputs)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ArtifactError, match="no warm-start in"):
+        run.find_warm_start(make_recipe(), inputs)
+    shutil.rmtree(folder)
+    assert run.find_warm_start(make_recipe(), inputs) is None
+
+
+def test_warm_start_of_fewer_windows_than_a_batch_is_refused(
+    make_recipe, inputs: Inputs, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="10 SFT windows are less than one batch of 64") as caught:
+        run.warm_start(make_recipe(), inputs, score=lambda _: {"ndcg@10": 0.0})
+    assert "warm_start.batch_size" in caught.value.hint
+    assert not (tmp_path / "run").exists()
+
+
+# -- estimates -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "rollouts", "rows"),
+    [
+        ("recast", 5 * 4 * 8, 5 * 4 * 2),  # a pair of each group
+        ("grpo", 5 * 4 * 8, 5 * 4 * 8),
+        ("sft-continued", 0, 5 * 4),
+    ],
+)
+def test_estimate_by_hand(make_recipe, inputs: Inputs, method: str, rollouts: int, rows: int) -> None:
+    recipe = make_recipe(rl={"steps": 5, "prompts_per_step": 4, "group_size": 8}, method={"name": method})
+    assert run.estimate(recipe, inputs) == {
+        "rollouts": rollouts,
+        "actor_rows": rows,
+        "actor_tokens_at_most": rows * (21 + 3),
+        "weights_and_optimizer_bytes": 4 * MODEL_BYTES,
+    }
+
+
+def test_warm_start_steps_drop_the_last_ragged_batch(make_recipe, inputs: Inputs) -> None:
+    recipe = make_recipe(warm_start={"batch_size": 4, "epochs": 3})
+    assert run.warm_start_steps(recipe, inputs) == 2 * 3  # 10 windows in batches of 4
+
+
+def test_checkpoints_are_found_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    for step in (2, 10, 9):
+        (tmp_path / f"global_step_{step}" / "huggingface").mkdir(parents=True)
+    (tmp_path / "global_step_11" / "actor" / "huggingface").mkdir(parents=True)
+    (tmp_path / "global_step_12").mkdir()  # nothing exported
+    found = [path.relative_to(tmp_path).parts[0] for path in run.hf_checkpoints(tmp_path)]
+    assert found == [f"global_step_{step}" for step in (2, 9, 10, 11)]
