@@ -22,6 +22,10 @@ from recast_cli import __version__
 from recast_cli.console import error, hint, note
 from recast_cli.errors import RecastError
 
+# OpenMP threads that spin while they wait starve whatever else runs on the machine: two torch processes on
+# two cores become some fifty times slower. Read when torch is imported, and inherited by verl's processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 # In the order of the data flow, which is the order of `recast --help`. Module and function share the name.
 COMMANDS = ("prepare_data", "build_tokenizer", "train", "evaluate", "recommend", "profile", "demo", "doctor")
 HIDDEN = {"demo"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def environment(recipe: Recipe, metrics: Path) -> dict[str, str]:
             "VERL_PLATFORM": "cpu",
             "OMP_NUM_THREADS": threads,
             "RECAST_THREADS": threads,
-            # Threads that spin while they wait take the cores from whichever worker is at work.
+            # Threads that spin while they wait take the cores from whichever worker is at work (see main.py).
             "OMP_WAIT_POLICY": "PASSIVE",
         }
     return variables
@@ -65,7 +66,8 @@ def _arguments(options: dict[str, Any]) -> list[str]:
 
 def _quoted(path: str | Path) -> str:
     """A path as a Hydra value: quoted, so that blanks, commas and `=` in it stay what they are."""
-    return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
+    # Hydra's grammar: a backslash escapes only before a quote, and at the end it would escape ours.
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + (m[2] and "\\'"), str(path)) + "'"
 
 
 def _cpu_engine(prefix: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 
 def run_fresh(program: str, **env: str) -> tuple[Any, subprocess.CompletedProcess[str]]:
-    """(JSON the program wrote, the finished process); verl's own variables are taken out of the environment."""
+    """(JSON the program wrote, the finished process); variables of verl in our environment are left out."""
     plain = {key: value for key, value in os.environ.items() if not key.startswith("VERL_")}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.json"

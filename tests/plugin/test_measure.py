@@ -16,7 +16,7 @@ KB = 1000 * 4  # 1000 float32
 
 
 def test_allocations_and_frees() -> None:
-    tracker = AllocationTracker(set())
+    tracker = AllocationTracker()
     with tracker:
         a = torch.ones(1000)
         assert (tracker.current, tracker.peak) == (KB, KB)
@@ -34,12 +34,15 @@ def test_allocations_and_frees() -> None:
         c = torch.zeros(1500, dtype=torch.float64)
         assert (tracker.current, tracker.peak) == (3 * KB, 3 * KB)
         del c
+        d = torch.ones(1)
+        assert (tracker.current, tracker.peak) == (4, 3 * KB)
+        del d
     assert (tracker.current, tracker.peak) == (0, 3 * KB)
 
 
 def test_what_was_there_before_does_not_count() -> None:
     weight, data = torch.ones(1000), torch.ones(1000)
-    tracker = AllocationTracker({weight.untyped_storage()._cdata})
+    tracker = AllocationTracker()
     with tracker:
         first, second = weight.view(10, 100), data.view(10, 100)
         weight.mul_(2)
@@ -47,9 +50,21 @@ def test_what_was_there_before_does_not_count() -> None:
         del first, second
 
 
+def test_the_parts_of_a_jagged_tensor_count() -> None:
+    jagged = torch.nested.as_nested_tensor([torch.ones(400), torch.ones(600)], layout=torch.jagged)
+    tracker = AllocationTracker()
+    with tracker:
+        values = jagged.values()
+        assert tracker.current == 0
+        double = jagged * 2
+        assert tracker.current == KB, "offsets are shared"
+        del values, double
+    assert tracker.current == 0
+
+
 def test_what_only_autograd_holds_counts_until_the_backward_pass() -> None:
     x = torch.ones(1000, requires_grad=True)
-    tracker = AllocationTracker(set())
+    tracker = AllocationTracker()
     with tracker:
         loss = x.exp().sin().sum()  # sin keeps the result of exp, sum keeps nothing
         assert tracker.peak == KB + KB + 4
@@ -84,7 +99,9 @@ def test_a_call_is_described(log: Path, monkeypatch: pytest.MonkeyPatch) -> None
     for _ in range(2):
         with phase("actor_update", engine(), {"input_ids": ids}):
             kept = torch.ones(1000)
-    with phase("optimizer", engine(), None):
+    trained = engine()
+    trained.module(torch.ones(1, 3)).sum().backward()
+    with phase("optimizer", trained, None):
         del kept
     first, second, optimizer = [json.loads(line) for line in log.read_text().splitlines()]
     assert (first["phase"], first["call"], second["call"]) == ("actor_update", 1, 2)
@@ -94,6 +111,7 @@ def test_a_call_is_described(log: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert second["peak_bytes"] == KB
     weights, moments, counters = 8 * 4, 2 * 8 * 4, 2 * 4
     assert second["resident_bytes"] == weights + moments + counters
+    assert optimizer["resident_bytes"] == weights + moments + counters + 8 * 4, "and gradients"
     assert first["wall_s"] > 0
 
 

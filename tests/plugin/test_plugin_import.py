@@ -11,7 +11,8 @@ import verl
 seconds = time.perf_counter() - started
 import torch.distributed as dist
 with open(sys.argv[1], "w") as out:
-    json.dump({"seconds": seconds, "modules": sorted(sys.modules), "init": dist.init_process_group.__module__}, out)
+    init = dist.init_process_group.__module__
+    json.dump({"seconds": seconds, "modules": sorted(sys.modules), "init": init}, out)
 """
 
 USE_EVERYTHING = """

@@ -36,8 +36,7 @@ def nested(rows: list[torch.Tensor]) -> torch.Tensor:
 
 
 def token_log_probs(model: torch.nn.Module, pair: list[list[int]]) -> torch.Tensor:
-    """Log-prob of the next token at every place of prompt + response, rows one after another, as verl's engine
-    hands them to its loss."""
+    """Log-prob of the next token at every place of prompt + response, as verl's engine gives its loss."""
     rows = []
     for response in pair:
         ids = torch.tensor([PROMPT + response])

@@ -39,7 +39,13 @@ ray_cpus: 8
 data: {{data}}
 tokenizer: {{tokenizer}}
 warm_start: {{{{out: warm_start, epochs: 1, batch_size: 32, learning_rate: 3.0e-3}}}}
-rl: {{{{steps: {STEPS}, prompts_per_step: {PROMPTS}, group_size: {GROUP}, learning_rate: 0.01, warmup_steps: 0, save_every: 1}}}}
+rl:
+  steps: {STEPS}
+  prompts_per_step: {PROMPTS}
+  group_size: {GROUP}
+  learning_rate: 0.01
+  warmup_steps: 0
+  save_every: 1
 """
 
 
@@ -65,7 +71,7 @@ class Job:
 
 @pytest.fixture(scope="module")
 def workspace(artifacts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a recipe; relative paths in it are relative to the working directory, as a user has it."""
+    """A folder with a recipe whose paths are relative to the working directory, as a user's are."""
     folder = tmp_path_factory.mktemp("jobs")
     text = RECIPE.format(data=artifacts[0], tokenizer=artifacts[1])
     (folder / "recipe.yaml").write_text(text, encoding="utf-8")
@@ -287,19 +293,18 @@ def test_step_in_which_every_rollout_hits_does_no_harm(
     field = rows.schema.field(place)
     pq.write_table(rows.set_column(place, field, pa.array(column, field.type)), workspace / "all_hit.parquet")
     job = succeed(
-        train(workspace, "all-hit", f"verl.data.train_files='{workspace / 'all_hit.parquet'}'", "rl.steps=2")
+        train(workspace, "all-hit", f"verl.data.train_files='{workspace / 'all_hit.parquet'}'", "rl.steps=1")
     )
-    assert len(job.metrics) == 2
-    for found in job.metrics:
-        assert found["signal/multi_hit"] == 1 and found["signal/hit_rate"] == 1
-        assert found["signal/skipped_groups"] == PROMPTS
-        assert found["signal/repaired_groups"] == 0
-        assert found["critic/advantages/max"] == found["critic/advantages/min"] == 0
+    (found,) = job.metrics
+    assert found["signal/multi_hit"] == 1 and found["signal/hit_rate"] == 1
+    assert found["signal/skipped_groups"] == PROMPTS
+    assert found["signal/repaired_groups"] == 0
+    assert found["critic/advantages/max"] == found["critic/advantages/min"] == 0
+    assert found["actor/grad_norm"] == 0
     start, end = weights(workspace / "warm_start" / "model"), weights(job.out / "model")
-    for name, tensor in end.items():
+    for name, tensor in end.items():  # no gradient: all that moves a weight is its decay, 1 - lr * 0.1
         assert torch.isfinite(tensor).all(), name
-        # no gradient: all that may move a weight is its decay, 1 - lr * 0.1 a step
-        assert torch.allclose(tensor, start[name] * (1 - 0.01 * 0.1) ** 2, rtol=1e-4, atol=1e-6), name
+        assert torch.allclose(tensor, start[name] * (1 - 0.01 * 0.1), rtol=1e-5, atol=1e-8), name
 
 
 # -- (e) failures ----------------------------------------------------------------------------------------

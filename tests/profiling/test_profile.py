@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+
+from recast_cli.errors import EnvironmentFault
+from recast_cli.profiling.profile import Job, replay
+from recast_cli.profiling.record import Recording
 
 RECIPE = """
 data: data
@@ -87,6 +93,36 @@ def test_both_arms_replay_the_same_rollouts(workspace: Path) -> None:
     assert arms["stock"]["seconds"]["actor_total"]["count"] == 1
     assert "hook" in arms["recast"]["seconds"]
     assert "hook" not in arms["stock"]["seconds"]
+
+
+def launcher(digests: dict[str, str]) -> Callable[[Job], list[dict[str, Any]]]:
+    """A job that writes what a real one writes; `digests` says which rollouts an arm saw."""
+
+    def launch(job: Job) -> list[dict[str, Any]]:
+        calls = [
+            {"phase": phase, "call": number, "rank": 0, "wall_s": 1.0, "cpu_s": 1.0}
+            | {"resident_bytes": 1, "peak_bytes": 1, "rows": 1, "tokens": 1, "square_tokens": 1}
+            for phase in ("old_log_prob", "actor_update", "optimizer")
+            for number in (1, 2, 3)
+        ]
+        replayed = [{"step": 1, "rollouts": 1, "sha256": digests[job.arm]}]
+        for path, lines in ((job.environment["RECAST_MEASURE"], calls), (job.custom["replay_log"], replayed)):
+            Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        return [{"timing_s/old_log_prob": 1.0, "timing_s/update_actor": 1.0}] * 3
+
+    return launch
+
+
+def test_arms_take_turns(tmp_path: Path) -> None:
+    recording = Recording(tmp_path / "rollouts.npz", [5], 10)
+    runs = replay(recording, launcher({"stock": "a", "recast": "a"}), tmp_path / "jobs", steps=1, repeats=2)
+    assert [run.arm for run in runs] == ["stock", "recast", "recast", "stock"]
+
+
+def test_arms_that_saw_other_rollouts_are_not_compared(tmp_path: Path) -> None:
+    recording = Recording(tmp_path / "rollouts.npz", [5], 10)
+    with pytest.raises(EnvironmentFault, match="replayed 2 different sets of rollouts"):
+        replay(recording, launcher({"stock": "a", "recast": "b"}), tmp_path / "jobs", steps=1, repeats=1)
 
 
 def test_a_missing_model_is_the_users_mistake(workspace: Path) -> None:

@@ -138,7 +138,8 @@ def test_interrupt_ends_the_whole_process_group(tmp_path: Path) -> None:
         textwrap.dedent(
             """
             import os, subprocess, sys, time
-            deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('up', flush=True); time.sleep(120)"
+            deaf = "signal.signal(signal.SIGINT, signal.SIG_IGN); print('up', flush=True); time.sleep(120)"
+            deaf = "import signal, time; " + deaf
             grandchild = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE)
             grandchild.stdout.readline()
             with open("pids.part", "w") as out:

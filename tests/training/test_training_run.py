@@ -78,6 +78,7 @@ def test_prompt_length_counts_a_full_history_and_the_question(inputs: Inputs) ->
 def test_tokenizer_of_another_dataset_is_refused(make_recipe, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
+    (other / "items.parquet").write_bytes(b"13 items")
     write_manifest(other, "dataset", num_items=13, params={"history": 4})
     with pytest.raises(ArtifactError, match=r"built for another dataset .*12 items against 13"):
         Inputs.load(make_recipe(data=str(other)))

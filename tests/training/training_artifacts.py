@@ -41,6 +41,7 @@ def write_artifacts(folder: Path, *, num_rl_rows: int = NUM_RL_ROWS) -> tuple[Pa
     data, tokenizer = folder / "data", folder / "tokenizer"
     for path in (data, tokenizer / "verl", tokenizer / "model"):
         path.mkdir(parents=True)
+    (data / "items.parquet").write_bytes(b"12 items")  # its hash is the dataset's identity
     dataset = write_manifest(data, "dataset", num_items=12, params={"history": HISTORY})
     schema = pa.Table.from_pylist([rl_row(0)]).schema
     rows = pa.Table.from_pylist([rl_row(i) for i in range(num_rl_rows)], schema=schema)

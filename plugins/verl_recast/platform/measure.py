@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 _calls: Counter[str] = Counter()  # of each phase, in this process
@@ -29,43 +29,38 @@ class AllocationTracker(TorchDispatchMode):
     torch's CPU allocator keeps no statistics. Each storage is counted once, when it first comes out of an
     operator, and given back when it is freed; what existed before the block does not count. Memory that a
     kernel takes and returns within one operator is not seen.
-
-    Args:
-        known: `StorageImpl` addresses (`untyped_storage()._cdata`) that do not count.
     """
 
-    def __init__(self, known: set[int]) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.current = 0
         self.peak = 0
-        self._seen = known
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if _has_storage(t)}
-        for tensor in tree_leaves(result):
-            if _has_storage(tensor):
-                self._add(tensor.untyped_storage(), given)
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        # A view or an in-place result shares the storage of an argument.
+        fresh = {s._cdata: s for s in _storages(result) if s._cdata not in given}
+        for storage in fresh.values():
+            size = storage.nbytes()
+            self.current += size
+            # The storage's Python object lives as long as the storage, also when only autograd holds it.
+            weakref.finalize(storage, self._give_back, size).atexit = False
+        self.peak = max(self.peak, self.current)
         return result
 
-    def _add(self, storage: torch.UntypedStorage, given: set[int]) -> None:
-        key = storage._cdata
-        if key in self._seen or key in given:  # a view or an in-place result of what was there before
-            return
-        size = storage.nbytes()
-        self._seen.add(key)
-        self.current += size
-        self.peak = max(self.peak, self.current)
-        # The storage's Python object lives as long as the storage, also when only autograd holds it.
-        weakref.finalize(storage, self._remove, key, size).atexit = False
-
-    def _remove(self, key: int, size: int) -> None:
-        self._seen.discard(key)
+    def _give_back(self, size: int) -> None:
         self.current -= size
 
 
-def _has_storage(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.device.type == "cpu" and not value.is_nested
+def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
+    """CPU storages of the tensors in a nest of containers; of a jagged tensor, those of its parts."""
+    for value in tree_leaves(values):
+        if is_traceable_wrapper_subclass(value):
+            names, _ = value.__tensor_flatten__()
+            yield from _storages([getattr(value, name) for name in names])
+        elif isinstance(value, torch.Tensor) and value.device.type == "cpu" and not value.is_nested:
+            yield value.untyped_storage()
 
 
 class AcceleratorPeak:
@@ -91,8 +86,8 @@ def phase_name(*, reference: bool, forward_only: bool) -> str:
     return "old_log_prob" if forward_only else "actor_update"
 
 
-def _resident(engine: Any) -> dict[int, int]:
-    """Storage -> bytes of the weights, gradients and optimiser state that are there before the call."""
+def _resident_bytes(engine: Any) -> int:
+    """Bytes of the weights, gradients and optimiser state that are there before the call."""
     tensors = [*engine.module.parameters(), *engine.module.buffers()]
     tensors += [p.grad for p in engine.module.parameters() if p.grad is not None]
     optimizer = getattr(engine, "optimizer", None)
@@ -101,14 +96,14 @@ def _resident(engine: Any) -> dict[int, int]:
             t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)
         ]
     tensors = [getattr(t, "_local_tensor", t) for t in tensors]  # FSDP2 shards: this rank's part
-    return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def _tracker(name: str, resident: dict[int, int], on_gpu: bool) -> AllocationTracker | AcceleratorPeak | None:
+def _tracker(name: str, on_gpu: bool) -> AllocationTracker | AcceleratorPeak | None:
     first = os.environ.get("RECAST_MEASURE_MEMORY_FROM")
     if not first or _calls[name] < int(first):
         return None
-    return AcceleratorPeak() if on_gpu else AllocationTracker(set(resident))
+    return AcceleratorPeak() if on_gpu else AllocationTracker()
 
 
 @contextlib.contextmanager
@@ -126,8 +121,8 @@ def phase(name: str, engine: Any, data: Any) -> Iterator[None]:
         return
     _calls[name] += 1
     on_gpu = next(engine.module.parameters()).device.type == "cuda"
-    resident = _resident(engine)
-    tracker = _tracker(name, resident, on_gpu)
+    resident = _resident_bytes(engine)
+    tracker = _tracker(name, on_gpu)
     if on_gpu:
         torch.cuda.synchronize()  # earlier work must not be counted here, nor this call's later
     wall, cpu = time.perf_counter(), time.process_time()
@@ -141,7 +136,7 @@ def phase(name: str, engine: Any, data: Any) -> Iterator[None]:
         "rank": int(os.environ.get("RANK", "0")),
         "wall_s": time.perf_counter() - wall,
         "cpu_s": time.process_time() - cpu,
-        "resident_bytes": sum(resident.values()),
+        "resident_bytes": resident,
     }
     if tracker is not None:
         record["peak_bytes"] = tracker.peak

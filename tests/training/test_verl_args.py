@@ -1,0 +1,233 @@
+"""Command lines for verl: parsed by Hydra's own parser and composed into verl's own configs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import verl
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from recast_cli.recipe import Recipe, load_recipe
+from recast_cli.training import run, verl_args
+from recast_cli.training.run import Inputs
+
+ROOT = Path(__file__).parent.parent.parent
+RECIPES = sorted(path for path in ROOT.glob("recipes/**/*.yaml") if path.stem != "base")
+CONFIGS = {"verl.trainer.main_ppo": "ppo_trainer", "verl.trainer.sft_trainer": "sft_trainer_engine"}
+AWKWARD = (
+    "plain",
+    "with blank",
+    "comma,comma",
+    "a=b",
+    "it's",
+    'say "no"',
+    "back\\slash",
+    "end\\",
+    "{brace}",
+    "[list]",
+    "colon: x",
+    "hash #1",
+    "$(HOME) ${x}",
+    "100%",
+    "Übergröße",
+    "null",
+    "~tilde",
+    "a'\\'b",
+)
+
+
+def parse(arguments: list[str]) -> dict[str, Any]:
+    """key -> value, as Hydra reads a command line."""
+    return {
+        override.key_or_group: override.value()
+        for override in OverridesParser.create().parse_overrides(arguments)
+    }
+
+
+def composed(module: str, arguments: list[str]) -> DictConfig:
+    folder = Path(verl.__file__).parent / "trainer" / "config"
+    with initialize_config_dir(str(folder), version_base=None):
+        return compose(CONFIGS[module], overrides=arguments)
+
+
+def rl(recipe: Recipe, **paths: Path) -> list[str]:
+    given = {name: Path("/x") / name for name in ("model", "train_file", "val_file", "out")}
+    return verl_args.rl_arguments(recipe, **{**given, **paths}, prompt_length=21, num_levels=3)
+
+
+# -- quoting ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_paths_survive_hydras_parser(make_recipe, name: str) -> None:
+    path = Path("/data") / name
+    recipe = make_recipe(tokenizer=str(path))
+    found = parse(rl(recipe, model=path, train_file=path, val_file=path, out=path))
+    for key in (
+        "actor_rollout_ref.model.path",
+        "data.train_files",
+        "data.val_files",
+        "trainer.default_local_dir",
+    ):
+        assert found[key] == str(path), key
+    assert found["actor_rollout_ref.rollout.custom"] == {"tokenizer": str(path)}
+    arguments = verl_args.sft_arguments(
+        recipe, model=path, train_file=path, out=path, epochs=1, batch_size=2, learning_rate=0.1, max_length=9
+    )
+    found = parse(arguments)
+    assert {found[key] for key in ("model.path", "data.train_files", "trainer.default_local_dir")} == {
+        str(path)
+    }
+
+
+@pytest.mark.parametrize("name", ["with blank", "comma,comma", "a=b", "it's", "back\\slash"])
+def test_paths_survive_the_composed_config(make_recipe, name: str) -> None:
+    path = Path("/data") / name
+    config = composed("verl.trainer.main_ppo", rl(make_recipe(tokenizer=str(path)), model=path))
+    assert config.actor_rollout_ref.model.path == str(path)
+    assert config.actor_rollout_ref.rollout.custom.tokenizer == str(path)
+
+
+def test_a_recipes_own_verl_keys_come_last(make_recipe) -> None:
+    recipe = make_recipe(
+        verl={"trainer.nnodes": 2, "+trainer.note": None, "data.shuffle": True, "+trainer.l": [1, "x"]}
+    )
+    found = parse(rl(recipe))
+    assert found["trainer.nnodes"] == 2 and found["data.shuffle"] is True
+    assert found["trainer.note"] is None and found["trainer.l"] == [1, "x"]
+    assert len(rl(recipe)) == len(rl(make_recipe())) + 2  # two are new, two replace ours
+
+
+# -- every recipe, on verl's own configs -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_verl_accepts_every_recipe(path: Path, device: str, folders, tmp_path: Path) -> None:
+    data, tokenizer = folders
+    recipe = load_recipe(path, [f"data={data}", f"tokenizer={tokenizer}", f"device={device}"])
+    module, arguments = run.job(recipe, Inputs.load(recipe), tmp_path / "model", tmp_path / "out")
+    assert len({argument.partition("=")[0] for argument in arguments}) == len(arguments)
+    config = composed(module[0], arguments)
+    assert OmegaConf.to_container(config, resolve=True)
+    if module[0].endswith("main_ppo"):
+        from verl.trainer.ppo.utils import need_critic, need_reference_policy
+        from verl.utils.config import validate_config
+
+        validate_config(
+            config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config)
+        )
+        assert not need_critic(config)
+
+
+def test_recast_recipe_is_accepted_by_its_trainer(make_recipe) -> None:
+    from verl_recast.settings import RecastSettings
+    from verl_recast.trainer import check_config
+
+    recipe = make_recipe(method={"name": "recast", "w_negative": 0.25}, seed=7)
+    config = composed("verl.trainer.main_ppo", rl(recipe))
+    check_config(config)
+    assert RecastSettings.from_algorithm(config.algorithm) == RecastSettings(1.0, 0.25, 7)
+
+
+def test_methods_differ_in_trainer_and_estimator_alone(make_recipe) -> None:
+    recast, grpo = (parse(rl(make_recipe(method={"name": name}))) for name in ("recast", "grpo"))
+    differing = {key for key in recast.keys() | grpo.keys() if recast.get(key) != grpo.get(key)}
+    assert differing == {
+        "trainer.v1.trainer_mode",
+        "algorithm.adv_estimator",
+        "algorithm.recast.w_positive",
+        "algorithm.recast.w_negative",
+        "trainer.experiment_name",
+    }
+    assert recast["algorithm.recast.seed"] == grpo["algorithm.recast.seed"]  # the rollouts' seed
+
+
+def test_numbers_of_the_recipe_reach_verl(make_recipe) -> None:
+    recipe = make_recipe(
+        seed=5,
+        threads=3,
+        rl={
+            "steps": 7,
+            "prompts_per_step": 12,
+            "mini_batch_prompts": 6,
+            "group_size": 9,
+            "temperature": 0.8,
+            "learning_rate": 3e-5,
+            "kl_coef": 0.0,
+            "clip_low": 0.1,
+            "clip_high": 0.3,
+        },
+    )
+    config = composed("verl.trainer.main_ppo", rl(recipe))
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    assert (config.data.train_batch_size, actor.ppo_mini_batch_size, rollout.n) == (12, 6, 9)
+    assert (rollout.temperature, actor.optim.lr, actor.optim.lr_warmup_steps) == (0.8, 3e-5, 10)
+    assert (actor.use_kl_loss, actor.kl_loss_coef) == (False, 0.0)
+    assert (actor.clip_ratio_low, actor.clip_ratio_high) == (0.1, 0.3)
+    assert (rollout.prompt_length, rollout.response_length, rollout.name) == (21, 3, "recast_sid")
+    assert (config.trainer.total_training_steps, config.trainer.save_freq) == (7, 7)
+    assert (rollout.seed, actor.data_loader_seed, config.algorithm.recast.seed) == (5, 5, 5)
+    assert not config.data.shuffle and not actor.shuffle
+    every = composed("verl.trainer.main_ppo", rl(make_recipe(rl={"save_every": 2})))
+    assert every.trainer.save_freq == 2
+
+
+def test_warm_start_saves_every_epoch_and_control_the_last_step_at_a_constant_rate(make_recipe) -> None:
+    common = {"model": Path("m"), "train_file": Path("t"), "out": Path("o"), "max_length": 25}
+    warm = composed(
+        "verl.trainer.sft_trainer",
+        verl_args.sft_arguments(make_recipe(), **common, epochs=3, batch_size=8, learning_rate=1e-3),
+    )
+    assert (warm.trainer.total_epochs, warm.trainer.save_freq) == (3, "after_each_epoch")
+    assert warm.trainer.total_training_steps is None
+    assert (warm.optim.lr_scheduler_type, warm.optim.lr_warmup_steps_ratio) == ("cosine", 0.05)
+    control = composed(
+        "verl.trainer.sft_trainer",
+        verl_args.sft_arguments(
+            make_recipe(),
+            **common,
+            epochs=1,
+            batch_size=8,
+            learning_rate=1e-5,
+            steps=9,
+            constant_rate=True,
+        ),
+    )
+    assert (control.trainer.total_training_steps, control.trainer.save_freq) == (9, -1)
+    assert (control.optim.lr_scheduler_type, control.optim.lr_warmup_steps_ratio) == ("constant", 0.0)
+    assert control.data.max_length == 25 and control.data.truncation == "error"
+
+
+# -- environment -----------------------------------------------------------------------------------------
+
+
+def test_environment_of_the_cpu(make_recipe) -> None:
+    found = verl_args.environment(make_recipe(threads=3), Path("/x/metrics.jsonl"))
+    assert found["VERL_PLATFORM"] == "cpu"
+    assert found["VERL_FILE_LOGGER_PATH"] == "/x/metrics.jsonl"
+    assert found["OMP_NUM_THREADS"] == found["RECAST_THREADS"] == "3"
+    assert found["HF_HUB_OFFLINE"] == "1"
+    assert all(isinstance(value, str) for value in found.values())
+    every = verl_args.environment(make_recipe(), Path("m"))
+    assert every["OMP_NUM_THREADS"] == str(len(os.sched_getaffinity(0)))
+
+
+def test_environment_of_a_gpu_leaves_platform_and_threads_alone(make_recipe) -> None:
+    found = verl_args.environment(make_recipe(device="cuda"), Path("m"))
+    assert not {"VERL_PLATFORM", "OMP_NUM_THREADS", "RECAST_THREADS"} & found.keys()
+
+
+def test_device_auto_looks_for_a_driver(make_recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = make_recipe(device="auto")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert verl_args.resolve_device(recipe) == "cpu"
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert verl_args.resolve_device(recipe) == "cuda"
+    assert verl_args.resolve_device(make_recipe(device="cpu")) == "cpu"
