@@ -18,6 +18,7 @@ from pathlib import Path
 from recast_cli.artifacts import atomic_text
 from recast_cli.training.run import git_state
 
+PATHS = ("data=", "tokenizer=", "out=", "warm_start.out=", "model=")  # of this machine: not recorded
 RESULT = Path(__file__).parent / "results" / "actor_cost.json"
 
 
@@ -39,19 +40,15 @@ def main() -> None:
         for name in ("prompts", "group_size", "steps", "repeats")
         for word in (f"--{name.replace('_', '-')}", getattr(args, name))
     ]
-    load_before = os.getloadavg()
+    before = {"git": git_state(), "load_average_before": os.getloadavg()}
     with tempfile.TemporaryDirectory() as folder:
         command = ["profile", args.recipe, *args.overrides, *options, "--out", folder]
         program = "import sys; from recast_cli.main import main; sys.argv[0] = 'recast'; main()"
         subprocess.run([sys.executable, "-c", program, *command], check=True)
         result = json.loads((Path(folder) / "profile.json").read_text(encoding="utf-8"))
-    overrides = [text for text in args.overrides if not text.startswith(("data=", "tokenizer=", "out="))]
-    provenance = {
-        "command": " ".join(["recast profile", Path(args.recipe).name, *overrides, *options]),
-        "git": git_state(),
-        "load_average_before": load_before,
-    }
-    atomic_text(args.result, json.dumps({**provenance, **result}, indent=2) + "\n")
+    overrides = [text for text in args.overrides if not text.startswith(PATHS)]
+    command_line = " ".join(["recast profile", Path(args.recipe).name, *overrides, *options])
+    atomic_text(args.result, json.dumps({"command": command_line, **before, **result}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

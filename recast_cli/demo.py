@@ -50,8 +50,8 @@ class Layout:
         return self.run / "evaluation" / f"{arm}-{split}.json"
 
 
-def commands(layout: Layout, overrides: list[str], profile_options: list[str]) -> list[list[str]]:
-    """Command lines of the demo, in order, as arguments of `recast`.
+def commands(layout: Layout, overrides: list[str], profile_options: list[str]) -> list[list[list[str]]]:
+    """Command lines of the demo, in order, as arguments of `recast`; those of one batch may run side by side.
 
     Args:
         overrides: Recipe overrides of every training run (`key=value`).
@@ -63,28 +63,45 @@ def commands(layout: Layout, overrides: list[str], profile_options: list[str]) -
         f"warm_start.out={layout.run / 'warm_start'}",
         *overrides,
     ]
-    steps = [
-        ["prepare-data", "ml-100k", "--out", str(layout.dataset)],
-        ["build-tokenizer", "--data", str(layout.dataset), "--out", str(layout.tokenizer)],
+    where = ["--data", str(layout.dataset), "--tokenizer", str(layout.tokenizer)]
+    batches = [
+        [["prepare-data", "ml-100k", "--out", str(layout.dataset)]],
+        [["build-tokenizer", "--data", str(layout.dataset), "--out", str(layout.tokenizer)]],
     ]
     for recipe in RECIPES.values():
         path = str(layout.recipes / f"{recipe}.yaml")
-        steps.append(["train", path, f"out={layout.run / recipe}", *shared])
+        batches.append([["train", path, f"out={layout.run / recipe}", *shared]])
+    evaluations = []
     for split in SPLITS:
         for arm, model in ARMS.items():
-            baselines = "--baselines" if arm == "warm_start" else "--no-baselines"
-            where = ["--data", str(layout.dataset), "--tokenizer", str(layout.tokenizer)]
+            baselines = "--baselines" if (arm, split) == ("warm_start", "test") else "--no-baselines"
             out = ["--out", str(layout.evaluation(arm, split))]
-            steps.append(
-                ["evaluate", *where, "--model", str(layout.run / model), "--split", split, *out, baselines]
-            )
+            options = [
+                "--model",
+                str(layout.run / model),
+                "--split",
+                split,
+                *out,
+                baselines,
+                "--threads",
+                "1",
+            ]
+            evaluations.append(["evaluate", *where, *options])
+    batches.append(evaluations)
     recast = str(layout.recipes / "recast.yaml")
     profile = ["profile", recast, f"out={layout.run / 'profile-runs'}", *shared]
-    steps.append([*profile, "--out", str(layout.run / "profile"), *profile_options])
-    return steps
+    batches.append([[*profile, "--out", str(layout.run / "profile"), *profile_options]])
+    return batches
 
 
-def evaluation_is_current(layout: Layout, arguments: list[str]) -> bool:
+def is_current(layout: Layout, arguments: list[str]) -> bool:
+    """True if an `evaluate` or `profile` has its result already; the other commands look for themselves."""
+    if arguments[0] == "profile":
+        return (layout.run / "profile" / "profile.json").exists()
+    return arguments[0] == "evaluate" and evaluation_is_current(arguments)
+
+
+def evaluation_is_current(arguments: list[str]) -> bool:
     """True if an `evaluate` command's result is there and was made from the model that is there now."""
     out, model = (
         Path(arguments[arguments.index("--out") + 1]),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import importlib
-import importlib.util
 import os
 import signal
 import sys
@@ -61,8 +60,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _name in COMMANDS:
-    if importlib.util.find_spec(f"recast_cli.commands.{_name}") is None:
-        continue  # BUILDING: drop these two lines once every command exists
     _command = getattr(importlib.import_module(f"recast_cli.commands.{_name}"), _name)
     app.command(_name.replace("_", "-"), hidden=_name in HIDDEN)(_command)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from recast_cli.demo import ARMS, Layout, commands, evaluation_is_current, summarise
+from recast_cli.demo import ARMS, Layout, commands, is_current, summarise
 from recast_cli.recipe import load_recipe
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "ml-100k"
@@ -93,17 +93,17 @@ def test_evaluation_older_than_its_model_is_stale(layout):
     arguments = ["evaluate", "--model", str(layout.run / "m"), "--out", str(layout.evaluation("rl", "test"))]
     (layout.run / "m").mkdir()
     weights = layout.run / "m" / "model.safetensors"
-    assert not evaluation_is_current(layout, arguments)
+    assert not is_current(layout, arguments)
     weights.touch()
     os.utime(weights, (1, 1))
-    assert evaluation_is_current(layout, arguments)
+    assert is_current(layout, arguments)
     os.utime(weights, (2e9, 2e9))
-    assert not evaluation_is_current(layout, arguments)
+    assert not is_current(layout, arguments)
 
 
 def test_commands_walk_the_data_flow_and_their_recipes_load(tmp_path):
     layout = Layout(data=tmp_path / "data", run=tmp_path / "run", recipes=RECIPES)
-    steps = commands(layout, ["rl.steps=2"], ["--steps", "1"])
+    steps = [step for batch in commands(layout, ["rl.steps=2"], ["--steps", "1"]) for step in batch]
     assert [step[0] for step in steps] == [
         "prepare-data",
         "build-tokenizer",

@@ -26,42 +26,64 @@ def demo(
     short: Annotated[bool, typer.Option("--short", help="A few steps only: same path, no result.")] = False,
 ) -> None:
     """Logs to a ReCast-trained recommender on MovieLens-100K, step by step, and one table at the end."""
+    import json
     import os
     import shlex
-    import subprocess
-    import sys
     import time
 
     from recast_cli.artifacts import atomic_text
     from recast_cli.console import note
-    from recast_cli.demo import Layout, commands, evaluation_is_current, summarise
-    from recast_cli.errors import EnvironmentFault
+    from recast_cli.demo import Layout, commands, is_current, summarise
 
     recipes = Path(__file__).resolve().parents[2] / "recipes" / "ml-100k"
     layout = Layout(data=data, run=out, recipes=Path(os.path.relpath(recipes)))
-    profile = ["--steps", "1", "--prompts", "4"] if short else ["--steps", "4"]
+    # One process per arm here; the benchmark repeats them (benchmarks/README.md).
+    profile = ["--repeats", "1", *(["--steps", "1", "--prompts", "4"] if short else ["--steps", "4"])]
     started = time.monotonic()
-    for arguments in commands(layout, SHORT if short else [], profile):
-        if arguments[0] == "evaluate" and evaluation_is_current(layout, arguments):
-            note(f"reusing {arguments[arguments.index('--out') + 1]}")
-            continue
-        if arguments[0] == "profile" and (out / "profile" / "profile.json").exists():
-            note(f"reusing {out / 'profile'}")
-            continue
-        note(f"\n$ recast {shlex.join(arguments)}   [{time.monotonic() - started:.0f} s]")
-        # Each command is a process of its own, as a user would type it: its memory goes when it ends.
-        finished = subprocess.run([sys.executable, "-m", "recast_cli.main", *arguments], check=False)
-        if finished.returncode:
-            raise EnvironmentFault(
-                f"`recast {arguments[0]}` ended with exit code {finished.returncode}",
-                "mend what it says above and run the demo again: finished steps are reused",
-            )
+    for batch in commands(layout, SHORT if short else [], profile):
+        todo = [arguments for arguments in batch if not is_current(layout, arguments)]
+        for arguments in batch:
+            if arguments not in todo:
+                note(f"reusing {arguments[arguments.index('--out') + 1]}")
+        for arguments in todo:
+            note(f"\n$ recast {shlex.join(arguments)}   [{time.monotonic() - started:.0f} s]")
+        _run_together(todo)
     summary = summarise(layout)
     summary["seconds"] = round(time.monotonic() - started, 1)
-    import json
-
     atomic_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     _show(summary, out)
+
+
+def _run_together(batch: list[list[str]]) -> None:
+    """Run the commands of a batch, as many at a time as there are cores, each as a user would start it.
+
+    A process of its own gives its memory back when it ends. A command alone writes to the terminal; several
+    keep their output until they are done, so that tables do not mix.
+    """
+    import os
+    import subprocess
+    import sys
+
+    from recast_cli.errors import EnvironmentFault
+
+    width = len(os.sched_getaffinity(0)) if len(batch) > 1 else 1
+    for start in range(0, len(batch), width):
+        part = batch[start : start + width]
+        shared = (
+            {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} if len(part) > 1 else {}
+        )
+        running = [
+            subprocess.Popen([sys.executable, "-m", "recast_cli.main", *arguments], **shared)  # type: ignore[call-overload]
+            for arguments in part
+        ]
+        for arguments, process in zip(part, running, strict=True):
+            output, _ = process.communicate()
+            print(output or "", end="", flush=True)
+            if process.returncode:
+                raise EnvironmentFault(
+                    f"`recast {arguments[0]}` ended with exit code {process.returncode}",
+                    "mend what it says above and run the demo again: finished steps are reused",
+                )
 
 
 def _show(summary: dict[str, Any], out: Path) -> None:
