@@ -69,8 +69,10 @@ def commands(layout: Layout, overrides: list[str], profile_options: list[str]) -
         [["build-tokenizer", "--data", str(layout.dataset), "--out", str(layout.tokenizer)]],
     ]
     for recipe in RECIPES.values():
-        path = str(layout.recipes / f"{recipe}.yaml")
-        batches.append([["train", path, f"out={layout.run / recipe}", *shared]])
+        path, out = str(layout.recipes / f"{recipe}.yaml"), layout.run / recipe
+        # A run that was interrupted is made again.
+        again = [] if (out / "manifest.json").exists() else ["--overwrite"]
+        batches.append([["train", path, f"out={out}", *shared, *again]])
     evaluations = []
     for split in SPLITS:
         for arm, model in ARMS.items():

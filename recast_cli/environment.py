@@ -1,6 +1,6 @@
 """Checks of the machine and the installation, as pure functions that return findings.
 
-`recast doctor` gathers the facts and prints the findings; `train` may use single checks before it launches.
+`recast doctor` gathers the facts and prints the findings.
 A version is *tested* when it is the one in constraints/cpu.txt (what our CI runs), *allowed* when every
 installed package that constrains it agrees, else an error.
 """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +10,8 @@ import numpy as np
 import polars as pl
 
 from recast_cli.artifacts import load_manifest
+from recast_cli.core.spelling import parse
 from recast_cli.core.trie import Trie
-
-_CODE = re.compile(r"<s_([a-z])_(\d+)>")
 
 
 @dataclass(frozen=True)
@@ -48,33 +46,9 @@ class Catalogue:
             trie=Trie.load(folder / "trie.npz"),
             level_offsets=tuple(vocabulary["level_offsets"]),
             pad_token_id=int(vocabulary["pad"]),
-            members=frozenset(parse_sids(sid)[0] for sid in sids),
+            members=frozenset(parse(sid) for sid in sids),
         )
 
     def token_ids(self, codes: np.ndarray) -> np.ndarray:
         """Codes (..., L) to token ids (..., L)."""
         return codes + np.asarray(self.level_offsets)
-
-
-def parse_sids(text: str) -> list[tuple[int, ...]]:
-    """Every semantic ID in a text, in order, as tuples of codes.
-
-    A semantic ID is a run of code tokens of levels a, b, c, ... in order and without anything between them; a
-    run that starts elsewhere or breaks off is read as far as it goes and left out by whoever checks its
-    length.
-    """
-    found: list[tuple[int, ...]] = []
-    run: list[int] = []
-    end = -1
-    for match in _CODE.finditer(text):
-        level = ord(match[1]) - ord("a")
-        if level == len(run) and (not run or match.start() == end):
-            run.append(int(match[2]))
-        else:
-            if run:
-                found.append(tuple(run))
-            run = [int(match[2])] if level == 0 else []
-        end = match.end()
-    if run:
-        found.append(tuple(run))
-    return found

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from recast_cli.core.scoring import score_sets
-from verl_recast.catalogue import parse_sids
+from recast_cli.core.spelling import find_all
 
 
 def compute_score(
@@ -20,7 +20,7 @@ def compute_score(
     extra_info: dict[str, Any] | None = None,
     **_: Any,
 ) -> dict[str, float]:
-    """Sparse hit reward of one response (ReCast, arXiv 2604.22169; method notes, section 2).
+    """Sparse hit reward of one response (ReCast, arXiv 2604.22169; see docs/concepts/method.md).
 
     Args:
         data_source: Unused; part of verl's interface.
@@ -32,8 +32,8 @@ def compute_score(
         `score` (1 for a hit, else 0), and the `structural_score` that selection reads; it is never a reward.
     """
     texts = [ground_truth] if isinstance(ground_truth, str) else list(ground_truth)
-    targets = [sid for text in texts for sid in parse_sids(text)]
+    targets = [sid for text in texts for sid in find_all(text)]
     num_levels = len(targets[0]) if targets else 0
-    predictions = [sid for sid in parse_sids(solution_str) if len(sid) == num_levels]
+    predictions = [sid for sid in find_all(solution_str) if len(sid) == num_levels]
     hit, structural = score_sets(predictions, targets)
     return {"score": hit, "hit": hit, "structural_score": structural, "valid": float(bool(predictions))}

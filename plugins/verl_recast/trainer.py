@@ -95,9 +95,6 @@ class PPOTrainerRecast(PPOTrainerSync):
         self.settings = RecastSettings.from_algorithm(config.algorithm)
         self.no_signal = False
 
-    def _get_required_batch_multiple(self, dp_size: int) -> int:
-        return dp_size
-
     def _dp_size(self) -> int:
         worker_group = self.actor_rollout_wg
         if "actor" not in worker_group._dispatch_info:

@@ -55,8 +55,8 @@ def build_tokenizer(
 
         recast build-tokenizer --data data/ml-100k --out runs/tokenizer
 
-        recast build-tokenizer --data data/books --out runs/tokenizer --codebook-size 256,256,128 --embeddings
-        text
+        recast build-tokenizer --data data/books --out runs/tokenizer --codebook-size 256,256,128 \\
+            --embeddings text
 
         recast build-tokenizer --data data/ml-100k --out runs/tokenizer --base-model models/Qwen3-0.6B
     """

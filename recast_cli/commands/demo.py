@@ -21,7 +21,9 @@ SHORT = ["warm_start.epochs=1", "rl.steps=2", "rl.prompts_per_step=4", "rl.warmu
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder of the demo's runs.")] = Path("runs/demo"),
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the demo's runs. Default: runs/demo; --short: runs/demo-short.")
+    ] = None,
     data: Annotated[Path, typer.Option(help="Folder of dataset and tokenizer.")] = Path("data"),
     short: Annotated[bool, typer.Option("--short", help="A few steps only: same path, no result.")] = False,
 ) -> None:
@@ -35,6 +37,7 @@ def demo(
     from recast_cli.console import note
     from recast_cli.demo import Layout, commands, is_current, summarise
 
+    out = out or Path("runs/demo-short" if short else "runs/demo")
     recipes = Path(__file__).resolve().parents[2] / "recipes" / "ml-100k"
     layout = Layout(data=data, run=out, recipes=Path(os.path.relpath(recipes)))
     # One process per arm here; the benchmark repeats them (benchmarks/README.md).
@@ -60,13 +63,13 @@ def _run_together(batch: list[list[str]]) -> None:
     A process of its own gives its memory back when it ends. A command alone writes to the terminal; several
     keep their output until they are done, so that tables do not mix.
     """
-    import os
     import subprocess
     import sys
 
+    from recast_cli.environment import cpu_count
     from recast_cli.errors import EnvironmentFault
 
-    width = len(os.sched_getaffinity(0)) if len(batch) > 1 else 1
+    width = cpu_count() if len(batch) > 1 else 1
     for start in range(0, len(batch), width):
         part = batch[start : start + width]
         shared = (

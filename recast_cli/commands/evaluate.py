@@ -47,10 +47,10 @@ def evaluate(
 
     Examples:
 
-        recast evaluate --data data/ml-100k --tokenizer data/ml-100k-tokenizer --model runs/demo/model
+        recast evaluate --data data/ml-100k --tokenizer data/ml-100k-tokenizer --model runs/demo/recast/model
 
-        recast evaluate --data data/ml-100k --tokenizer data/ml-100k-tokenizer --model runs/demo/model \\
-            --split test --out runs/demo/evaluation
+        recast evaluate --data data/ml-100k --tokenizer data/ml-100k-tokenizer \\
+            --model runs/demo/recast/model --split test --out runs/evaluation
 
         recast evaluate --data data/ml-100k --tokenizer data/ml-100k-tokenizer --max-users 100 --json
     """

@@ -146,7 +146,9 @@ def _launcher(settings: Recipe, inputs: Inputs, model: Path, rows: Any, steps: i
         custom = {"tokenizer": str(inputs.tokenizer.resolve()), **job.custom}
         verl = {
             **settings.verl,
-            "+actor_rollout_ref.rollout.custom": {key: f"'{value}'" for key, value in custom.items()},
+            "+actor_rollout_ref.rollout.custom": {
+                key: verl_args.quoted(value) for key, value in custom.items()
+            },
             "+actor_rollout_ref.rollout.agent.agent_loop_manager_class": MANAGER,
             "trainer.save_freq": -1,
         }

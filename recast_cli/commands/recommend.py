@@ -30,10 +30,10 @@ def recommend(
     Examples:
 
         recast recommend --user 7 --data data/ml-100k --tokenizer data/ml-100k-tokenizer \\
-            --model runs/demo/model
+            --model runs/demo/recast/model
 
         recast recommend 50 172 181 -k 5 --data data/ml-100k --tokenizer data/ml-100k-tokenizer \\
-            --model runs/demo/model
+            --model runs/demo/recast/model
     """
     import dataclasses
 

@@ -1,5 +1,5 @@
-"""Hit reward and structural score of predicted semantic IDs (ReCast, arXiv 2604.22169; method notes,
-section 2).
+"""Hit reward and structural score of predicted semantic IDs (ReCast, arXiv 2604.22169; see
+docs/concepts/method.md).
 
 Shapes: B prompts, G rollouts, T targets of a prompt, L levels.
 """

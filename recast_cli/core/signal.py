@@ -1,4 +1,4 @@
-"""Signal statistics of full groups, before anything is dropped (method notes, section 2, "Log per step")."""
+"""Signal statistics of full groups, before anything is dropped (see docs/concepts/method.md)."""
 
 from __future__ import annotations
 

@@ -11,14 +11,11 @@ each as `<|sid_begin|>codes<|sid_end|>` and the generation prompt as `<|sid_begi
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import lru_cache
 
+from recast_cli.core.spelling import SID_BEGIN, SID_END, parse, spell
 from recast_cli.errors import DataError
-
-SID_BEGIN = "<|sid_begin|>"
-SID_END = "<|sid_end|>"
 
 # Both roles look alike: the role says only whether SFT learns the item.
 CHAT_TEMPLATE = (
@@ -27,9 +24,6 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '" + SID_BEGIN + "' -}}{%- endif -%}"
 )
-
-_SID = re.compile(re.escape(SID_BEGIN) + r"((?:<s_[a-z]_\d+>)+)" + re.escape(SID_END))
-_LEVEL = re.compile(r"<s_([a-z])_\d+>")
 
 Message = dict[str, str]
 
@@ -58,11 +52,13 @@ def code_text(sid: str) -> str:
     Raises:
         DataError: it is not spelt begin, levels a, b, c, ... once each in this order, end.
     """
-    match = _SID.fullmatch(sid)
-    levels = "".join(_LEVEL.findall(match[1])) if match else ""
-    if match is None or not "abcdefghijklmnopqrstuvwxyz".startswith(levels):
+    try:
+        codes = parse(sid)
+    except ValueError:
+        codes = ()
+    if not codes or spell(codes) != sid:
         raise DataError(
             f"{sid!r} is not a semantic ID, needed {SID_BEGIN}<s_a_i><s_b_j>...{SID_END}",
             "rerun recast build-tokenizer",
         )
-    return match[1]
+    return spell(codes, enclose=False)

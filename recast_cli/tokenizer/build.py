@@ -29,12 +29,12 @@ from recast_cli.artifacts import (
     load_manifest,
     write_manifest,
 )
+from recast_cli.core.spelling import spell
 from recast_cli.core.trie import Trie
 from recast_cli.errors import ArtifactError, RecipeError
 from recast_cli.tokenizer import embed, model, quantize, report
 from recast_cli.tokenizer.collisions import Resolution, resolve_collisions
 from recast_cli.tokenizer.inputs import read_interactions, read_items, training_events
-from recast_cli.tokenizer.vocabulary import spell
 
 EMBEDDINGS = ("text", "cooccurrence", "text+cooccurrence")
 

@@ -36,10 +36,9 @@ def resolve_collisions(
 ) -> Resolution:
     """Give every item its own semantic ID.
 
-    Of the items that share a code, the one nearest to it keeps it (ties: the lower row). Deterministic. The
-    number
-    of items moved at the last level is the smallest possible given the prefixes: one item stays on every used
-        code.
+    Of the items that share a code, the one nearest to it keeps it (ties: the lower row). Deterministic.
+    The number of items moved at the last level is the smallest possible given the prefixes: one item stays on
+    every used code.
 
     Args:
         embeddings_ND: what was quantised.

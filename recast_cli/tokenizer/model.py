@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 PAD, END_OF_TEXT, UNKNOWN = "<|pad|>", "<|endoftext|>", "<|unk|>"
 HEAD_DIM = 32
 MAX_POSITIONS = 4096
-NEW_ROW_NOISE = (
-    0.1  # of the old rows' spread: far enough apart to be told from each other, near enough to start sane
-)
+# Of the old rows' spread: far enough apart to be told from each other, near enough to start sane.
+NEW_ROW_NOISE = 0.1
 
 
 @dataclass(frozen=True)
@@ -181,8 +180,7 @@ def _save(
     from transformers import GenerationConfig
 
     tokenizer.chat_template = chat_template
-    # No sampling settings: a checkpoint's own would leak into constrained search (method.md section 8, trap
-    # 4).
+    # No sampling settings: a checkpoint's own would leak into constrained search.
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -1,51 +1,15 @@
-"""How semantic IDs are spelled as tokens, and which token id each code has.
-
-The spelling is OpenOneRec's: `<|sid_begin|><s_a_1><s_b_7><s_c_0><|sid_end|>`, one token a tag, levels a, b,
-c, ...
-"""
+"""Which token id each code of a semantic ID has."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from recast_cli.core.spelling import SID_BEGIN, SID_END, code_token
 from recast_cli.errors import ArtifactError
-
-SID_BEGIN = "<|sid_begin|>"
-SID_END = "<|sid_end|>"
-LEVELS = "abcdefghijklmnopqrstuvwxyz"
-_CODE = re.compile(r"<s_([a-z])_(0|[1-9]\d*)>")
-
-
-def code_token(level: int, code: int) -> str:
-    """Token of one code, e.g. `<s_b_7>` for code 7 of level 1."""
-    return f"<s_{LEVELS[level]}_{code}>"
-
-
-def spell(codes: Sequence[int], *, enclose: bool = True) -> str:
-    """Text of one semantic ID; without `enclose`, its codes only."""
-    text = "".join(code_token(level, int(code)) for level, code in enumerate(codes))
-    return f"{SID_BEGIN}{text}{SID_END}" if enclose else text
-
-
-def parse(text: str) -> tuple[int, ...]:
-    """Codes of one spelled semantic ID, enclosed or not; the inverse of `spell`.
-
-    Raises:
-        ValueError: anything but one well-formed semantic ID.
-    """
-    inner = text
-    if text.startswith(SID_BEGIN) and text.endswith(SID_END):
-        inner = text[len(SID_BEGIN) : -len(SID_END)]
-    found = _CODE.findall(inner)
-    codes = tuple(int(code) for _, code in found)
-    if not codes or spell(codes, enclose=False) != inner:
-        raise ValueError(f"not a semantic ID: {text!r}")
-    return codes
 
 
 @dataclass(frozen=True)

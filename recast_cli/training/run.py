@@ -295,12 +295,12 @@ def train(recipe: Recipe, inputs: Inputs, model: Path, *, on_step: OnStep | None
         The run's manifest.
     """
     out = Path(recipe.out)
+    num_rows = recipe.rl.steps * recipe.rl.prompts_per_step
+    rows = draw_rows(inputs.tokenizer / "verl" / "rl.parquet", num_rows, recipe.seed)
     out.mkdir(parents=True, exist_ok=True)
     _require_space(out, estimate(recipe, inputs)["weights_and_optimizer_bytes"])
     atomic_text(out / "recipe.yaml", dump_recipe(recipe))
     facts = {"seed": recipe.seed, "versions": versions(), "git": git_state(), "recipe": recipe.model_dump()}
-    num_rows = recipe.rl.steps * recipe.rl.prompts_per_step
-    rows = draw_rows(inputs.tokenizer / "verl" / "rl.parquet", num_rows, recipe.seed)
     is_sft = recipe.method.name == "sft-continued"
     pq.write_table(continued_sft_rows(rows) if is_sft else rows, out / "rows.parquet")
     module, arguments = job(recipe, inputs, model, out)

@@ -64,7 +64,7 @@ def _arguments(options: dict[str, Any]) -> list[str]:
     return [f"{key}={_text(value)}" for key, value in options.items()]
 
 
-def _quoted(path: str | Path) -> str:
+def quoted(path: str | Path) -> str:
     """A path as a Hydra value: quoted, so that blanks, commas and `=` in it stay what they are."""
     # Hydra's grammar: a backslash escapes only before a quote, and at the end it would escape ours.
     return "'" + re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + (m[2] and "\\'"), str(path)) + "'"
@@ -96,7 +96,7 @@ def sft_arguments(
     device = resolve_device(recipe)
     warm = recipe.warm_start
     options: dict[str, Any] = {
-        "data.train_files": _quoted(train_file),
+        "data.train_files": quoted(train_file),
         "data.train_batch_size": batch_size,
         "data.micro_batch_size_per_gpu": warm.micro_batch_size,
         "data.max_token_len_per_gpu": max(max_length, recipe.rl.max_tokens_per_micro_batch),
@@ -105,7 +105,7 @@ def sft_arguments(
         "data.num_workers": 0,
         "data.custom_cls.path": "pkg://verl_recast.sft_dataset",
         "data.custom_cls.name": "ItemSFTDataset",
-        "model.path": _quoted(model),
+        "model.path": quoted(model),
         "model.use_remove_padding": device != "cpu",
         "model.enable_gradient_checkpointing": device != "cpu",
         "+model.override_config.attn_implementation": "sdpa" if device == "cpu" else "flash_attention_2",
@@ -114,7 +114,7 @@ def sft_arguments(
         "optim.lr_warmup_steps_ratio": 0.0 if constant_rate else warm.warmup_ratio,
         "optim.lr_scheduler_type": "constant" if constant_rate else "cosine",
         "checkpoint.save_contents": ["model", "optimizer", "extra", "hf_model"],
-        "trainer.default_local_dir": _quoted(out),
+        "trainer.default_local_dir": quoted(out),
         "trainer.project_name": "recast",
         "trainer.experiment_name": "sft",
         "trainer.total_epochs": epochs,
@@ -146,8 +146,8 @@ def rl_arguments(
     rl, device = recipe.rl, resolve_device(recipe)
     actor, rollout, ref = (f"actor_rollout_ref.{part}" for part in ("actor", "rollout", "ref"))
     options: dict[str, Any] = {
-        "data.train_files": _quoted(train_file),
-        "data.val_files": _quoted(val_file),
+        "data.train_files": quoted(train_file),
+        "data.val_files": quoted(val_file),
         "data.train_batch_size": rl.prompts_per_step,
         "data.max_prompt_length": prompt_length,
         "data.max_response_length": num_levels,
@@ -155,7 +155,7 @@ def rl_arguments(
         "data.truncation": "error",
         "data.shuffle": False,  # rows are drawn by the launcher, so that every method sees the same ones
         "data.dataloader_num_workers": 0,
-        "actor_rollout_ref.model.path": _quoted(model),
+        "actor_rollout_ref.model.path": quoted(model),
         "actor_rollout_ref.model.use_remove_padding": device != "cpu",
         "actor_rollout_ref.model.enable_gradient_checkpointing": device != "cpu",
         "+actor_rollout_ref.model.override_config.attn_implementation": (
@@ -177,7 +177,7 @@ def rl_arguments(
         f"{ref}.log_prob_use_dynamic_bsz": True,
         f"{ref}.log_prob_max_token_len_per_gpu": rl.max_tokens_per_micro_batch,
         f"{rollout}.name": "recast_sid",
-        f"+{rollout}.custom": {"tokenizer": _quoted(Path(recipe.tokenizer).resolve())},
+        f"+{rollout}.custom": {"tokenizer": quoted(Path(recipe.tokenizer).resolve())},
         f"+{rollout}.agent.agent_loop_manager_class": LOOP_MANAGER,
         f"{rollout}.agent.num_workers": 1,
         f"{rollout}.n": rl.group_size,
@@ -204,7 +204,7 @@ def rl_arguments(
         "trainer.total_epochs": 1,
         "trainer.save_freq": rl.save_every if rl.save_every > 0 else rl.steps,
         "trainer.resume_mode": "disable",
-        "trainer.default_local_dir": _quoted(out),
+        "trainer.default_local_dir": quoted(out),
         "trainer.device": device,
         "trainer.n_gpus_per_node": recipe.num_gpus,
         "trainer.nnodes": 1,

@@ -16,11 +16,11 @@ import polars as pl
 import torch
 
 from recast_cli.artifacts import identity, load_manifest, write_manifest
+from recast_cli.core.spelling import spell
 from recast_cli.core.trie import Trie
 from recast_cli.data.prompts import CHAT_TEMPLATE
 from recast_cli.data.render import render
 from recast_cli.tokenizer.model import write_scratch_model
-from recast_cli.tokenizer.vocabulary import spell
 
 SHARP = -1e4  # logit of everything that has probability 0
 

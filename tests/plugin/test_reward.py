@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from verl_recast.catalogue import Catalogue, parse_sids
+from recast_cli.core.spelling import find_all
+from verl_recast.catalogue import Catalogue
 from verl_recast.reward import compute_score
 
 TARGET = "<s_a_1><s_b_7><s_c_0>"
@@ -37,8 +38,8 @@ TARGET = "<s_a_1><s_b_7><s_c_0>"
         ("<s_a_1><s_b_2><s_c_3><s_d_4>", [(1, 2, 3, 4)]),  # its length tells that it is no item of 3 levels
     ],
 )
-def test_parse_sids(text: str, expected: list[tuple[int, ...]]) -> None:
-    assert parse_sids(text) == expected
+def test_find_all(text: str, expected: list[tuple[int, ...]]) -> None:
+    assert find_all(text) == expected
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from verl.workers.config import HFModelConfig, RolloutConfig
 
 from recast_cli.core.signal import group_statistics
+from recast_cli.core.spelling import find_all
 from recast_cli.core.trie import Trie
-from verl_recast.catalogue import Catalogue, parse_sids
+from verl_recast.catalogue import Catalogue
 from verl_recast.rollout.agent_loop import GroupLoopWorker
 from verl_recast.rollout.server import SIDServer
 
@@ -60,7 +61,7 @@ def generate(server: SIDServer, prompts: list[list[int]], index: list[int], **op
 
 def score(folder: Path, rows: list[dict[str, Any]], codes_BGL: np.ndarray) -> dict[str, float]:
     """Statistics of rollouts, scored by the agent loop's own method."""
-    worker = object.__new__(GroupLoopWorker.__ray_metadata__.modified_class)  # without its Ray set-up
+    worker = object.__new__(GroupLoopWorker)  # without its Ray set-up
     worker.catalogue = Catalogue.load(folder)
     hits_BG, scores_BG, valid_BG = worker._score(rows, codes_BGL)
     return group_statistics(hits_BG, scores_BG, codes_BGL, valid_BG)
@@ -161,9 +162,7 @@ def test_trie_of_other_items_makes_the_invalid_count_rise(
     out = generate(make_server(folder), prompts, list(range(6)))
     found = score(folder, rows, out["codes_BGL"])
     assert found["invalid"] > 0.5  # 40 of 512 codes are items
-    members = {
-        parse_sids(sid)[0] for sid in pq.read_table(folder / "semantic_ids.parquet")["sid"].to_pylist()
-    }
+    members = {find_all(sid)[0] for sid in pq.read_table(folder / "semantic_ids.parquet")["sid"].to_pylist()}
     outside = sum(tuple(codes) not in members for codes in out["codes_BGL"].reshape(-1, 3).tolist())
     assert found["invalid"] == pytest.approx(outside / (6 * NUM_ROLLOUTS))
 
@@ -197,7 +196,7 @@ def test_invalid_rollout_never_hits_and_several_targets_count(
     first = "".join(f"<s_{'abc'[level]}_{code}>" for level, code in enumerate(members[3]))
     asked = [{"reward_model": {"ground_truth": [text, first]}}]
     codes_BGL = np.array([[outside, members[3], members[4]]])
-    worker = object.__new__(GroupLoopWorker.__ray_metadata__.modified_class)
+    worker = object.__new__(GroupLoopWorker)
     worker.catalogue = Catalogue.load(tokenizer_folder)
     hits_BG, scores_BG, valid_BG = worker._score(asked, codes_BGL)
     assert valid_BG.tolist() == [[False, True, True]]

@@ -11,10 +11,11 @@ from tokenizer_dataset import NUM_ITEMS, SIZES, TEMPLATE, write_dataset
 from typer.testing import CliRunner
 
 from recast_cli.artifacts import identity, load_manifest, write_manifest
+from recast_cli.core.spelling import parse
 from recast_cli.core.trie import Trie
 from recast_cli.errors import ArtifactError, RecastError, RecipeError
 from recast_cli.tokenizer.build import TokenizerParams, build
-from recast_cli.tokenizer.vocabulary import Vocabulary, parse
+from recast_cli.tokenizer.vocabulary import Vocabulary
 
 
 def test_every_item_has_its_own_semantic_id_in_item_order(built: tuple[Path, Path]) -> None:

@@ -15,9 +15,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from recast_cli.core.spelling import spell
 from recast_cli.errors import ArtifactError
 from recast_cli.tokenizer.model import write_expanded_model, write_scratch_model
-from recast_cli.tokenizer.vocabulary import spell
 
 WORDS = ["<unk>", "<s>", "</s>", "the", "cat", "sat", "on", "mat"]
 

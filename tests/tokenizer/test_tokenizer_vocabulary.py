@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recast_cli.core.spelling import code_token, parse, spell
 from recast_cli.errors import ArtifactError
 from recast_cli.tokenizer.model import bare_tokenizer
-from recast_cli.tokenizer.vocabulary import Vocabulary, add_semantic_ids, code_token, parse, spell
+from recast_cli.tokenizer.vocabulary import Vocabulary, add_semantic_ids
 
 
 def test_spelling_is_openonerecs() -> None:
@@ -64,7 +65,7 @@ def test_a_history_takes_five_tokens_an_item_and_survives_decoding() -> None:
     ids = tokenizer(text)["input_ids"]
     assert len(ids) == 5 * len(history)
     assert ids[1:4] == [vocabulary.level_offsets[level] + code for level, code in enumerate(history[0])]
-    # Special tokens would vanish here (method.md section 8, trap 5).
+    # Special tokens would vanish here.
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
     padded = [vocabulary.pad, *ids, tokenizer.eos_token_id]
     assert tokenizer.decode(padded, skip_special_tokens=True) == text

@@ -21,7 +21,8 @@ from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from recast_cli.core.scoring import score_rollouts
-from verl_recast.catalogue import Catalogue, parse_sids
+from recast_cli.core.spelling import find_all
+from verl_recast.catalogue import Catalogue
 from verl_recast.settings import RecastSettings
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,6 @@ logger = logging.getLogger(__name__)
 DATASET_FIELDS = ("uid", "index", "data_source", "reward_model", "extra_info")
 
 
-@ray.remote
 class GroupLoopWorker(AgentLoopWorker):
     """Rolls out and scores the groups of a chunk of prompts."""
 
@@ -174,14 +174,16 @@ def _tag(record: dict[str, Any], step: int, weights_step: int) -> dict[str, Any]
 class GroupLoopManager(AgentLoopManagerTQ):
     """verl's manager with our worker."""
 
+    worker_class: type[GroupLoopWorker] = GroupLoopWorker
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.agent_loop_workers_class = GroupLoopWorker  # type: ignore[assignment]
+        self.agent_loop_workers_class = ray.remote(self.worker_class)
 
 
 def _targets(ground_truth: Any) -> list[tuple[int, ...]]:
     texts = [ground_truth] if isinstance(ground_truth, str) else list(ground_truth)
-    targets = [sid for text in texts for sid in parse_sids(text)]
+    targets = [sid for text in texts for sid in find_all(text)]
     if not targets:
         raise ValueError(f"reward_model.ground_truth holds no semantic ID: {ground_truth!r}")
     return targets

@@ -12,24 +12,19 @@ import json
 from typing import Any
 
 import numpy as np
-import ray
 import transfer_queue as tq
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from verl_recast.rollout.agent_loop import GroupLoopManager, GroupLoopWorker
 
-# Ray does not let an actor class be inherited from: take the plain class behind it.
-_GroupLoop: Any = GroupLoopWorker.__ray_metadata__.modified_class.__ray_actor_class__  # type: ignore[attr-defined]
 
-
-@ray.remote
-class ReplayLoopWorker(_GroupLoop):
+class ReplayLoopWorker(GroupLoopWorker):
     """`rollout.custom.replay` names the recording (npz: index_B, codes_BGL, log_probs_BGL) and
     `rollout.custom.replay_log` a file that gets one JSON line per batch: what was stored, as a hash."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        custom = self.rollout_config.custom
+        custom = self.rollout_config.custom or {}
         with np.load(custom["replay"]) as recording:
             self.codes_BGL, self.log_probs_BGL = recording["codes_BGL"], recording["log_probs_BGL"]
             self.place = {int(index): b for b, index in enumerate(recording["index_B"])}
@@ -56,9 +51,7 @@ class ReplayLoopWorker(_GroupLoop):
 class ReplayLoopManager(GroupLoopManager):
     """GroupLoopManager with the replaying worker."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.agent_loop_workers_class = ReplayLoopWorker  # type: ignore[assignment]
+    worker_class = ReplayLoopWorker
 
 
 def _digest(fields: list[dict[str, Any]]) -> str:
