@@ -69,10 +69,10 @@ def commands(layout: Layout, overrides: list[str], profile_options: list[str]) -
         [["build-tokenizer", "--data", str(layout.dataset), "--out", str(layout.tokenizer)]],
     ]
     for recipe in RECIPES.values():
-        path, out = str(layout.recipes / f"{recipe}.yaml"), layout.run / recipe
-        # A run that was interrupted is made again.
-        again = [] if (out / "manifest.json").exists() else ["--overwrite"]
-        batches.append([["train", path, f"out={out}", *shared, *again]])
+        path, folder = str(layout.recipes / f"{recipe}.yaml"), layout.run / recipe
+        interrupted = (folder / "recipe.yaml").exists() and not (folder / "manifest.json").exists()
+        again = ["--overwrite"] if interrupted else []
+        batches.append([["train", path, f"out={folder}", *shared, *again]])
     evaluations = []
     for split in SPLITS:
         for arm, model in ARMS.items():

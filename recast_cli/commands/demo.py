@@ -22,7 +22,8 @@ SHORT = ["warm_start.epochs=1", "rl.steps=2", "rl.prompts_per_step=4", "rl.warmu
 
 def demo(
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the demo's runs. Default: runs/demo; --short: runs/demo-short.")
+        Path | None,
+        typer.Option(help="Folder of the demo's runs. Default: runs/demo, with --short runs/demo-short."),
     ] = None,
     data: Annotated[Path, typer.Option(help="Folder of dataset and tokenizer.")] = Path("data"),
     short: Annotated[bool, typer.Option("--short", help="A few steps only: same path, no result.")] = False,
@@ -107,8 +108,9 @@ def _show(summary: dict[str, Any], out: Path) -> None:
         rows,
     )
     signal = summary["signal"]
+    print("\nSignal of the full groups, mean over the RL steps of ReCast")  # a title would wrap to the table
     print_table(
-        "Signal of the full groups, mean over the RL steps",
+        "",
         ["groups with", "share"],
         [
             ["no hit, as sampled", signal["all_zero"]],
@@ -118,8 +120,9 @@ def _show(summary: dict[str, Any], out: Path) -> None:
         ],
     )
     ratio = summary["cost"]["ratio"]
+    print("\nActor cost, stock GRPO over ReCast on the same rollouts")
     print_table(
-        "Actor cost, stock GRPO over ReCast, same rollouts",
+        "",
         ["phase", "times"],
         [[name.replace("_", " "), float(value)] for name, value in ratio.items() if value is not None],
     )
