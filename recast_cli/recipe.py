@@ -20,10 +20,10 @@ Rate = Annotated[float, Field(gt=0, le=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
-# What verl's V1 trainer starts on Ray, one CPU each: TransferQueue controller and its placement group's
-# storage unit, task runner, agent loop worker, reward worker; the training worker's bundle asks for 3. With
-# fewer it waits for ever without a word.
-MIN_RAY_CPUS = 8
+# What verl's V1 trainer starts on Ray, one CPU each: TransferQueue's controller and storage unit, task
+# runner, agent loop worker, reward worker. Each training worker's bundle asks for 3 more. With fewer it waits
+# for ever without a word.
+RAY_CPUS_SHARED, RAY_CPUS_PER_GPU = 5, 3
 
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
@@ -100,7 +100,7 @@ class Recipe(Section):
     threads: Annotated[int, Field(ge=0)] = Field(
         0, description="torch threads per worker; 0 takes every core"
     )
-    ray_cpus: Annotated[int, Field(ge=MIN_RAY_CPUS)] = Field(
+    ray_cpus: Annotated[int, Field(ge=RAY_CPUS_SHARED + RAY_CPUS_PER_GPU)] = Field(
         16, description="logical CPUs that Ray may hand out"
     )
     num_gpus: Positive = 1
@@ -110,6 +110,16 @@ class Recipe(Section):
     verl: dict[str, Any] = Field(
         default_factory=dict, description="further overrides, passed to verl as they are"
     )
+
+    @model_validator(mode="after")
+    def _enough_cpus(self) -> Recipe:
+        needed = RAY_CPUS_SHARED + RAY_CPUS_PER_GPU * self.num_gpus
+        if self.ray_cpus < needed:
+            raise ValueError(
+                f"ray_cpus {self.ray_cpus} is too few for num_gpus {self.num_gpus}: verl needs {needed} "
+                "and would wait for ever (they are logical CPUs, the machine may have fewer)"
+            )
+        return self
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

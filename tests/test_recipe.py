@@ -225,3 +225,10 @@ def test_shipped_methods_differ_in_method_and_folder_alone() -> None:
         same = {"method", "out"}
         assert recipe.model_dump(exclude=same) == found["recast"].model_dump(exclude=same)
     assert len({recipe.out for recipe in found.values()}) == 3
+
+
+def test_ray_needs_three_cpus_for_each_training_worker(write) -> None:
+    text = "data: d\ntokenizer: t\nout: o\nnum_gpus: 4\n"
+    assert load_recipe(write(text), ["ray_cpus=17"]).ray_cpus == 5 + 3 * 4
+    with pytest.raises(RecipeError, match="verl needs 17"):
+        load_recipe(write(text), ["ray_cpus=16"])

@@ -68,6 +68,17 @@ def gather_groups(batch: KVBatchMeta) -> Groups:
     infos = [fields.get("reward_extra_info", {}) for fields in _plain(data["extra_fields"])]
     index_N = np.array([int(index) for index in _plain(data["index"])])
     members = _group_rows(batch.keys, index_N)
+    if len(members) > 1 and (index_N == index_N[0]).all():
+        raise ValueError(
+            f"all {len(members)} prompts have extra_info.index {index_N[0]}, each row needs its own "
+            "(verl takes 0 where it is missing): add a unique integer column extra_info.index to the data"
+        )
+    lacking = next((info for info in infos if "structural_score" not in info), None)
+    if lacking is not None:
+        raise ValueError(
+            f"the reward returned {sorted(lacking) or 'a score only'}, needed structural_score too: set "
+            "reward.custom_reward_function.path=pkg://verl_recast.reward"
+        )
 
     num_groups, width = len(members), max(len(rows) for rows in members)
     length = max(len(response) for response in responses)

@@ -75,6 +75,10 @@ def check_config(config: Any) -> None:
     require(
         config.actor_rollout_ref.rollout.n >= 2, "rollout.n", config.actor_rollout_ref.rollout.n, "at least 2"
     )
+    critic = bool(config.critic.get("enable"))
+    require(
+        not critic, "critic.enable", critic, "False or null (advantages come from the pair, not from values)"
+    )
     prompts, batch = actor.ppo_mini_batch_size, config.data.train_batch_size
     require(
         batch % prompts == 0, "data.train_batch_size", batch, f"a multiple of ppo_mini_batch_size={prompts}"
@@ -148,6 +152,9 @@ class PPOTrainerRecast(PPOTrainerSync):
             for b, draw in zip(repaired, draws, strict=True)
         ]
         fields, tags = anchor_fields(batch, rows, targets, self.tokenizer)
+        if self.config.actor_rollout_ref.rollout.calculate_log_probs:
+            # Of the anchor's own length; `_compute_old_log_prob` fills in the actor's.
+            fields["rollout_log_probs"] = fields["rm_scores"] * 0
         tq.kv_batch_put(
             keys=[batch.keys[row] for row in rows], partition_id=batch.partition_id, fields=fields, tags=tags
         )
@@ -244,7 +251,9 @@ class PPOTrainerRecast(PPOTrainerSync):
 
 def _signal_metrics(groups: Groups, selection: Selection, batch: KVBatchMeta) -> dict[str, float]:
     """Statistics of the full groups, and what repair left of the empty ones."""
-    statistics = group_statistics(groups.rewards_BG, groups.scores_BG, groups.tokens_BGL, groups.valid_BG)
+    statistics = group_statistics(
+        groups.rewards_BG, groups.scores_BG, groups.tokens_BGL, groups.valid_BG, groups.present_BG
+    )
     repaired_B = selection.anchor_B >= 0
     return {f"signal/{name}": value for name, value in statistics.items()} | {
         "signal/all_zero_after_repair": float((selection.all_zero_B & ~repaired_B).mean()),

@@ -6,9 +6,16 @@ import numpy as np
 
 
 def group_statistics(
-    rewards_BG: np.ndarray, scores_BG: np.ndarray, codes_BGL: np.ndarray, valid_BG: np.ndarray
+    rewards_BG: np.ndarray,
+    scores_BG: np.ndarray,
+    codes_BGL: np.ndarray,
+    valid_BG: np.ndarray,
+    present_BG: np.ndarray | None = None,
 ) -> dict[str, float]:
     """How much a batch of groups could teach GRPO.
+
+    Args:
+        present_BG: True where a rollout exists (ragged groups); absent ones count nowhere. Default: all.
 
     Returns:
         `all_zero`, `single_hit`, `multi_hit`: fractions of groups with 0, 1 and more than 1 hits (sum to 1);
@@ -20,15 +27,18 @@ def group_statistics(
     if num_groups == 0 or num_rollouts == 0:
         names = ("all_zero", "single_hit", "multi_hit", "hit_rate", "mean_score", "invalid", "duplicate")
         return dict.fromkeys(names, 0.0)
-    hits_B = (rewards_BG > 0).sum(axis=1)
+    present_BG = np.ones_like(valid_BG, dtype=bool) if present_BG is None else present_BG
+    valid_BG = valid_BG & present_BG
+    num_present = max(1, int(present_BG.sum()))
+    hits_B = ((rewards_BG > 0) & present_BG).sum(axis=1)
     distinct = sum(len(np.unique(codes_BGL[b][valid_BG[b]], axis=0)) for b in range(num_groups))
     num_valid = int(valid_BG.sum())
     return {
         "all_zero": float((hits_B == 0).mean()),
         "single_hit": float((hits_B == 1).mean()),
         "multi_hit": float((hits_B > 1).mean()),
-        "hit_rate": float((rewards_BG > 0).mean()),
-        "mean_score": float(scores_BG.mean()),
-        "invalid": float(1.0 - valid_BG.mean()),
+        "hit_rate": float(hits_B.sum()) / num_present,
+        "mean_score": float(np.where(present_BG, scores_BG, 0.0).sum()) / num_present,
+        "invalid": 1.0 - num_valid / num_present,
         "duplicate": (num_valid - distinct) / num_valid if num_valid else 0.0,
     }

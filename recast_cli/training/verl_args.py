@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -18,6 +19,11 @@ def resolve_device(recipe: Recipe) -> str:
     if recipe.device != "auto":
         return recipe.device
     return "cuda" if shutil.which("nvidia-smi") else "cpu"
+
+
+def packs_rows(device: str) -> bool:
+    """True if rows can be packed without padding, which takes flash attention's variable-length kernels."""
+    return device == "cuda" and importlib.util.find_spec("flash_attn") is not None
 
 
 def num_threads(recipe: Recipe) -> int:
@@ -94,6 +100,7 @@ def sft_arguments(
     """Overrides of `verl.trainer.sft_trainer`; one Hugging Face checkpoint per epoch (or at the end of
     `steps`)."""
     device = resolve_device(recipe)
+    packed = packs_rows(device)
     warm = recipe.warm_start
     options: dict[str, Any] = {
         "data.train_files": quoted(train_file),
@@ -106,9 +113,9 @@ def sft_arguments(
         "data.custom_cls.path": "pkg://verl_recast.sft_dataset",
         "data.custom_cls.name": "ItemSFTDataset",
         "model.path": quoted(model),
-        "model.use_remove_padding": device != "cpu",
+        "model.use_remove_padding": packed,
         "model.enable_gradient_checkpointing": device != "cpu",
-        "+model.override_config.attn_implementation": "sdpa" if device == "cpu" else "flash_attention_2",
+        "+model.override_config.attn_implementation": "flash_attention_2" if packed else "sdpa",
         "optim.lr": learning_rate,
         "optim.weight_decay": warm.weight_decay,
         "optim.lr_warmup_steps_ratio": 0.0 if constant_rate else warm.warmup_ratio,
@@ -144,6 +151,7 @@ def rl_arguments(
 ) -> list[str]:
     """Overrides of `verl.trainer.main_ppo` for the recipe's method."""
     rl, device = recipe.rl, resolve_device(recipe)
+    packed = packs_rows(device)
     actor, rollout, ref = (f"actor_rollout_ref.{part}" for part in ("actor", "rollout", "ref"))
     options: dict[str, Any] = {
         "data.train_files": quoted(train_file),
@@ -156,10 +164,10 @@ def rl_arguments(
         "data.shuffle": False,  # rows are drawn by the launcher, so that every method sees the same ones
         "data.dataloader_num_workers": 0,
         "actor_rollout_ref.model.path": quoted(model),
-        "actor_rollout_ref.model.use_remove_padding": device != "cpu",
+        "actor_rollout_ref.model.use_remove_padding": packed,
         "actor_rollout_ref.model.enable_gradient_checkpointing": device != "cpu",
         "+actor_rollout_ref.model.override_config.attn_implementation": (
-            "sdpa" if device == "cpu" else "flash_attention_2"
+            "flash_attention_2" if packed else "sdpa"
         ),
         f"{actor}.ppo_mini_batch_size": rl.mini_batch_prompts or rl.prompts_per_step,
         f"{actor}.use_dynamic_bsz": True,

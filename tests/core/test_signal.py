@@ -28,3 +28,14 @@ def test_hand_made_batch():
 def test_no_groups_give_zeros():
     empty = group_statistics(np.zeros((0, 4)), np.zeros((0, 4)), np.zeros((0, 4, 3)), np.zeros((0, 4), bool))
     assert set(empty.values()) == {0.0}
+
+
+def test_absent_rollouts_count_nowhere():
+    rewards, scores = np.array([[1.0, 0.0, 9.0]]), np.array([[1.0, 0.1, 9.0]])
+    codes, valid = np.array([[[1], [2], [1]]]), np.array([[True, False, True]])
+    found = group_statistics(rewards, scores, codes, valid, np.array([[True, True, False]]))
+    assert found["hit_rate"] == 1 / 2
+    assert found["mean_score"] == pytest.approx((1.0 + 0.1) / 2)
+    assert found["invalid"] == 1 / 2
+    assert found["single_hit"] == 1.0
+    assert found["duplicate"] == 0.0
