@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 
 from recast_cli.core.ranking import Interval, paired_bootstrap
+from recast_cli.training.process import read_metrics
 
 # Arm of the summary -> folder of its model below the run directory.
 ARMS = {
@@ -163,7 +164,7 @@ def summarise(layout: Layout) -> dict[str, Any]:
 
 def _signal(metrics: Path) -> dict[str, float]:
     """Means over the RL steps of what the trainer logged about its full groups."""
-    records = [json.loads(line)["data"] for line in metrics.read_text(encoding="utf-8").splitlines()]
+    records = read_metrics(metrics)
     return {name: float(np.mean([record[f"signal/{name}"] for record in records])) for name in SIGNAL}
 
 

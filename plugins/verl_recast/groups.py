@@ -13,6 +13,8 @@ from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
+from verl_recast.reward import target_texts
+
 
 @dataclass(frozen=True)
 class Groups:
@@ -34,10 +36,6 @@ class Groups:
     scores_BG: np.ndarray
     tokens_BGL: np.ndarray
     targets: list[list[str]]
-
-
-def _texts(ground_truth: Any) -> list[str]:
-    return [ground_truth] if isinstance(ground_truth, str) else list(ground_truth)
 
 
 def _group_rows(keys: list[str], index_N: np.ndarray) -> list[list[int]]:
@@ -102,7 +100,7 @@ def gather_groups(batch: KVBatchMeta) -> Groups:
         rewards_BG=spread(rewards_N),
         scores_BG=spread(np.array([float(info["structural_score"]) for info in infos])),
         tokens_BGL=tokens_BGL,
-        targets=[_texts(ground_truths[rows[0]]) for rows in members],
+        targets=[target_texts(ground_truths[rows[0]]) for rows in members],
     )
 
 

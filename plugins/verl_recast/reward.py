@@ -13,6 +13,11 @@ from recast_cli.core.scoring import score_sets
 from recast_cli.core.spelling import find_all
 
 
+def target_texts(ground_truth: str | Sequence[str]) -> list[str]:
+    """Semantic-ID texts of `reward_model.ground_truth`, which holds one or several."""
+    return [ground_truth] if isinstance(ground_truth, str) else list(ground_truth)
+
+
 def compute_score(
     data_source: str,
     solution_str: str,
@@ -31,8 +36,7 @@ def compute_score(
     Returns:
         `score` (1 for a hit, else 0), and the `structural_score` that selection reads; it is never a reward.
     """
-    texts = [ground_truth] if isinstance(ground_truth, str) else list(ground_truth)
-    targets = [sid for text in texts for sid in find_all(text)]
+    targets = [sid for text in target_texts(ground_truth) for sid in find_all(text)]
     num_levels = len(targets[0]) if targets else 0
     predictions = [sid for sid in find_all(solution_str) if len(sid) == num_levels]
     hit, structural = score_sets(predictions, targets)

@@ -23,6 +23,7 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from recast_cli.core.scoring import score_rollouts
 from recast_cli.core.spelling import find_all
 from verl_recast.catalogue import Catalogue
+from verl_recast.reward import target_texts
 from verl_recast.settings import RecastSettings
 
 logger = logging.getLogger(__name__)
@@ -182,8 +183,7 @@ class GroupLoopManager(AgentLoopManagerTQ):
 
 
 def _targets(ground_truth: Any) -> list[tuple[int, ...]]:
-    texts = [ground_truth] if isinstance(ground_truth, str) else list(ground_truth)
-    targets = [sid for text in texts for sid in find_all(text)]
+    targets = [sid for text in target_texts(ground_truth) for sid in find_all(text)]
     if not targets:
         raise ValueError(f"reward_model.ground_truth holds no semantic ID: {ground_truth!r}")
     return targets
