@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from recast_cli.artifacts import atomic_text
-from recast_cli.training.run import git_state
+from recast_cli.provenance import git_state
 
 PATHS = ("data=", "tokenizer=", "out=", "warm_start.out=", "model=")  # of this machine: not recorded
 RESULT = Path(__file__).parent / "results" / "actor_cost.json"

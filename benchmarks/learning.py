@@ -27,9 +27,11 @@ from recast_cli.data.prepare import Params, prepare
 from recast_cli.data.prompts import CHAT_TEMPLATE
 from recast_cli.data.render import render
 from recast_cli.evaluation.evaluate import evaluate_model
+from recast_cli.provenance import versions
 from recast_cli.recipe import Recipe
 from recast_cli.tokenizer.build import TokenizerParams, build
-from recast_cli.training import run
+from recast_cli.training import run, warm_start
+from recast_cli.training.inputs import Inputs
 
 # Arm -> the recipe's method section.
 ARMS: dict[str, dict[str, Any]] = {
@@ -93,15 +95,15 @@ def run_seed(out: Path, seed: int, arms: list[str], options: dict[str, Any]) -> 
     tables: dict[str, pl.DataFrame] = {}
     for arm in arms:
         recipe = recipe_for(folder, data, tokenizer, seed, arm, options)
-        inputs = run.Inputs.load(recipe)
-        warm = run.warm_start_dir(recipe) / "model"
-        if run.find_warm_start(recipe, inputs) is None:
-            run.warm_start(
+        inputs = Inputs.load(recipe)
+        warm = warm_start.folder_of(recipe) / "model"
+        if warm_start.find(recipe, inputs) is None:
+            warm_start.train(
                 recipe,
                 inputs,
                 score=lambda model: evaluate_model(model, tokenizer, data, "validation").means(),
             )
-        if run.find_run(recipe, inputs) is None:
+        if run.find(recipe, inputs) is None:
             run.train(recipe, inputs, warm)
         if "warm start" not in tables:
             tables["warm start"] = users_of(warm, data, tokenizer, folder / "warm-start-users.parquet")
@@ -145,7 +147,7 @@ def study(out: Path, seeds: list[int], arms: list[str], options: dict[str, Any])
             }
             for arm in arms
         },
-        "versions": run.versions(),
+        "versions": versions(),
         "machine": {
             "processor": platform.processor() or platform.machine(),
             "python": platform.python_version(),

@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from recast_cli.profiling.profile import Launch
     from recast_cli.recipe import Recipe
-    from recast_cli.training.run import Inputs
+    from recast_cli.training.inputs import Inputs
 
 
 def profile(
@@ -50,9 +50,11 @@ def profile(
     from recast_cli.profiling import profile as stage
     from recast_cli.profiling.peak import matmul_peak
     from recast_cli.profiling.plot import plot
+    from recast_cli.provenance import versions
     from recast_cli.recipe import load_recipe
     from recast_cli.training import verl_args
-    from recast_cli.training.run import Inputs, draw_rows, versions
+    from recast_cli.training.inputs import Inputs
+    from recast_cli.training.run import draw_rows
 
     settings = _settings(load_recipe(recipe, overrides or []), prompts, group_size, steps)
     inputs = Inputs.load(settings)
@@ -105,12 +107,12 @@ def _settings(recipe: Recipe, prompts: int | None, group_size: int | None, steps
 def _start_model(settings: Recipe, inputs: Inputs) -> Path:
     """The recipe's model, else its finished warm start, else the tokenizer's untrained model."""
     from recast_cli.console import note
-    from recast_cli.training.run import find_warm_start, warm_start_dir
+    from recast_cli.training import warm_start
 
     if settings.model:
         return Path(settings.model)
-    if find_warm_start(settings, inputs) is not None:
-        return warm_start_dir(settings) / "model"
+    if warm_start.find(settings, inputs) is not None:
+        return warm_start.folder_of(settings) / "model"
     note("no warm start yet: profiling the untrained model (the cost does not depend on what it has learned)")
     return inputs.tokenizer / "model"
 
@@ -163,7 +165,7 @@ def _launcher(settings: Recipe, inputs: Inputs, model: Path, rows: Any, steps: i
             num_levels=inputs.num_levels,
         )
         return run_verl(
-            ["verl.trainer.main_ppo"],
+            verl_args.RL_MODULE,
             arguments,
             environment={**verl_args.environment(settings, metrics), **job.environment},
             cwd=job.folder,

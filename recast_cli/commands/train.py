@@ -11,7 +11,7 @@ from recast_cli.errors import ArtifactError
 
 if TYPE_CHECKING:
     from recast_cli.recipe import Recipe
-    from recast_cli.training.run import Inputs
+    from recast_cli.training.inputs import Inputs
 
 
 def train(
@@ -38,7 +38,8 @@ def train(
     """
     from recast_cli.console import note, print_json
     from recast_cli.recipe import load_recipe
-    from recast_cli.training.run import Inputs, find_run
+    from recast_cli.training import run, warm_start
+    from recast_cli.training.inputs import Inputs
 
     settings = load_recipe(recipe, overrides or [])
     inputs = Inputs.load(settings)
@@ -49,7 +50,7 @@ def train(
     if overwrite and (out / "recipe.yaml").exists():
         _remove_run(out)
     is_warm_start_only = settings.method.name == "sft"
-    manifest = None if is_warm_start_only else find_run(settings, inputs)
+    manifest = None if is_warm_start_only else run.find(settings, inputs)
     if manifest is not None:
         note(f"reusing the finished run in {out}")
     else:
@@ -57,9 +58,8 @@ def train(
         manifest = _run(settings, inputs, model) if not is_warm_start_only else None
     if json_output:
         from recast_cli.artifacts import load_manifest
-        from recast_cli.training.run import warm_start_dir
 
-        print_json(manifest or load_manifest(warm_start_dir(settings), "warm-start"))
+        print_json(manifest or load_manifest(warm_start.folder_of(settings), "warm-start"))
     elif manifest is not None:
         note(f"model: {out / 'model'}")
 
@@ -78,14 +78,14 @@ def _start_model(settings: Recipe, inputs: Inputs) -> Path:
     """Folder of the model that RL starts from: named by the recipe, or the warm start, made if need be."""
     from recast_cli.console import note, print_table, progress
     from recast_cli.evaluation.evaluate import evaluate_model
-    from recast_cli.training import run
+    from recast_cli.training import warm_start
 
     if settings.model:
         if not (Path(settings.model) / "config.json").is_file():
             raise ArtifactError(f"model {settings.model} has no config.json", "name a Hugging Face folder")
         return Path(settings.model)
-    folder = run.warm_start_dir(settings)
-    if run.find_warm_start(settings, inputs) is not None:
+    folder = warm_start.folder_of(settings)
+    if warm_start.find(settings, inputs) is not None:
         note(f"reusing the warm start in {folder}")
         return folder / "model"
     rows: list[list[Any]] = []
@@ -95,9 +95,9 @@ def _start_model(settings: Recipe, inputs: Inputs) -> Path:
             model, inputs.tokenizer, inputs.data, "validation", modes=("history_removed",)
         ).means()
 
-    steps = run.warm_start_steps(settings, inputs)
+    steps = warm_start.num_steps(settings, inputs)
     with progress("warm start", steps) as advance:
-        manifest = run.warm_start(
+        manifest = warm_start.train(
             settings,
             inputs,
             score=score,
@@ -118,31 +118,40 @@ def _run(settings: Recipe, inputs: Inputs, model: Path) -> dict[str, Any]:
 
 
 def _show(settings: Recipe, inputs: Inputs, *, json_output: bool) -> None:
-    """The exact verl command, the resolved recipe and what the run will process."""
+    """The exact verl commands, the resolved recipe and what the run will process."""
     import shlex
 
     from recast_cli.console import note, print_json
     from recast_cli.recipe import dump_recipe
-    from recast_cli.training import run, verl_args
+    from recast_cli.training import run, verl_args, warm_start
 
-    model = Path(settings.model) if settings.model else run.warm_start_dir(settings) / "model"
-    out = Path(settings.out)
-    module, arguments = run.job(settings, inputs, model, out)
+    out, start = Path(settings.out), warm_start.folder_of(settings)
+    jobs = {}
+    if not settings.model and warm_start.find(settings, inputs) is None:
+        # The real run writes them to a scratch folder beside `start`, which replaces it when all is done.
+        jobs["warm start"] = warm_start.job(settings, inputs, (start / "work" / "checkpoints").resolve())
+    if settings.method.name != "sft":
+        model = Path(settings.model) if settings.model else start / "model"
+        jobs[settings.method.name] = run.job(settings, inputs, model, out)
+    commands = {name: ["python", "-m", *module, *arguments] for name, (module, arguments) in jobs.items()}
     environment = verl_args.environment(settings, out / "metrics.jsonl")
     estimate = run.estimate(settings, inputs)
     if json_output:
-        command = ["python", "-m", *module, *arguments]
-        facts = {
-            "command": command,
-            "environment": environment,
-            "recipe": settings.model_dump(),
-            "estimate": estimate,
-        }
-        print_json(facts)
+        print_json(
+            {
+                "commands": commands,
+                "environment": environment,
+                "recipe": settings.model_dump(),
+                "estimate": estimate,
+            }
+        )
         return
     exports = [f"{key}={shlex.quote(value)}" for key, value in environment.items()]
-    lines = [*exports, f"python -m {module[0]}", *(shlex.quote(argument) for argument in arguments)]
-    print(" \\\n  ".join(lines))
-    print()
+    for name, command in commands.items():
+        print(f"# {name}")
+        words = 2 + len(jobs[name][0])
+        first = shlex.join(command[:words])
+        print(" \\\n  ".join([*exports, first, *map(shlex.quote, command[words:])]))
+        print()
     print(dump_recipe(settings), end="")
     note("estimate: " + ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in estimate.items()))

@@ -6,15 +6,12 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from recast_cli import __version__
 from recast_cli.artifacts import atomic_text
 from recast_cli.core.ranking import Interval
 
@@ -83,11 +80,6 @@ class Evaluation:
             paths[0], json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         )
         return paths
-
-
-def versions(packages: Sequence[str] = ("torch", "transformers", "numpy")) -> dict[str, str]:
-    """Versions of what computes the numbers."""
-    return {"recast": __version__, **{name: version(name) for name in packages}}
 
 
 def _without_nan(value: Any) -> Any:

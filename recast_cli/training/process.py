@@ -1,5 +1,5 @@
 """Run one of verl's entry points as a child process: log to a file, progress from its metrics, errors in
-one line."""
+one line; and read what it leaves behind."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from recast_cli.errors import EnvironmentFault
+
+OnStep = Callable[[dict[str, Any]], None]
 
 _POLL_SECONDS = 0.2
 # A line that names what went wrong, as Python, Ray ("(actor pid=1) ...") and torchrun ("[rank0]: ...")
@@ -40,6 +42,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def hf_checkpoints(folder: Path) -> list[Path]:
+    """Hugging Face folders of verl's checkpoints, by step."""
+    found = sorted(folder.glob("global_step_*"), key=lambda path: int(path.name.rsplit("_", 1)[1]))
+    inner = [
+        next((sub for sub in (step / "huggingface", step / "actor" / "huggingface") if sub.is_dir()), None)
+        for step in found
+    ]
+    return [path for path in inner if path is not None]
+
+
 def cause_of(log: Path) -> str:
     """The last exception line of a log, or its last line."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
@@ -55,7 +67,7 @@ def run_verl(
     cwd: Path,
     log: Path,
     metrics: Path,
-    on_step: Callable[[dict[str, Any]], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> list[dict[str, Any]]:
     """Run `python -m MODULE ARGUMENTS` to its end and return its metrics, a record per step.
 
@@ -113,7 +125,7 @@ def _advice(cause: str, log: Path) -> str:
     return f"read {log}"
 
 
-def _report(metrics: Path, seen: int, on_step: Callable[[dict[str, Any]], None] | None) -> int:
+def _report(metrics: Path, seen: int, on_step: OnStep | None) -> int:
     if on_step is None:
         return seen
     records = read_metrics(metrics)

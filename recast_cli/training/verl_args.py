@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+from recast_cli.environment import cpu_count
 from recast_cli.recipe import Recipe
 
 LOOP_MANAGER = "verl_recast.rollout.agent_loop.GroupLoopManager"
+
+# What follows `python -m`.
+RL_MODULE = ["verl.trainer.main_ppo"]
+
+
+def sft_module(recipe: Recipe) -> list[str]:
+    """verl's SFT trainer under torchrun."""
+    launcher = ["torch.distributed.run", "--standalone", "--nnodes=1", f"--nproc_per_node={recipe.num_gpus}"]
+    return [*launcher, "-m", "verl.trainer.sft_trainer"]
 
 
 def resolve_device(recipe: Recipe) -> str:
@@ -28,7 +37,7 @@ def packs_rows(device: str) -> bool:
 
 def num_threads(recipe: Recipe) -> int:
     """Torch threads of a worker: verl runs rollout and actor in turns, so each may have every core."""
-    return recipe.threads or len(os.sched_getaffinity(0))
+    return recipe.threads or cpu_count()
 
 
 def environment(recipe: Recipe, metrics: Path) -> dict[str, str]:
@@ -150,25 +159,34 @@ def rl_arguments(
     num_levels: int,
 ) -> list[str]:
     """Overrides of `verl.trainer.main_ppo` for the recipe's method."""
-    rl, device = recipe.rl, resolve_device(recipe)
-    packed = packs_rows(device)
-    actor, rollout, ref = (f"actor_rollout_ref.{part}" for part in ("actor", "rollout", "ref"))
     options: dict[str, Any] = {
         "data.train_files": quoted(train_file),
         "data.val_files": quoted(val_file),
-        "data.train_batch_size": rl.prompts_per_step,
+        "data.train_batch_size": recipe.rl.prompts_per_step,
         "data.max_prompt_length": prompt_length,
         "data.max_response_length": num_levels,
         "data.filter_overlong_prompts": False,
         "data.truncation": "error",
         "data.shuffle": False,  # rows are drawn by the launcher, so that every method sees the same ones
         "data.dataloader_num_workers": 0,
-        "actor_rollout_ref.model.path": quoted(model),
-        "actor_rollout_ref.model.use_remove_padding": packed,
-        "actor_rollout_ref.model.enable_gradient_checkpointing": device != "cpu",
-        "+actor_rollout_ref.model.override_config.attn_implementation": (
-            "flash_attention_2" if packed else "sdpa"
-        ),
+        **_actor_options(recipe, model),
+        **_rollout_options(recipe, prompt_length, num_levels),
+        **_trainer_options(recipe, out),
+        **_method_options(recipe),
+    }
+    return _arguments(options | recipe.verl)
+
+
+def _actor_options(recipe: Recipe, model: Path) -> dict[str, Any]:
+    """Model, loss, optimiser and micro-batches of actor and reference."""
+    rl, device = recipe.rl, resolve_device(recipe)
+    packed = packs_rows(device)
+    shared, actor, ref = (f"actor_rollout_ref.{part}" for part in ("model", "actor", "ref"))
+    options = {
+        f"{shared}.path": quoted(model),
+        f"{shared}.use_remove_padding": packed,
+        f"{shared}.enable_gradient_checkpointing": device != "cpu",
+        f"+{shared}.override_config.attn_implementation": "flash_attention_2" if packed else "sdpa",
         f"{actor}.ppo_mini_batch_size": rl.mini_batch_prompts or rl.prompts_per_step,
         f"{actor}.use_dynamic_bsz": True,
         f"{actor}.ppo_max_token_len_per_gpu": rl.max_tokens_per_micro_batch,
@@ -182,23 +200,41 @@ def rl_arguments(
         f"{actor}.clip_ratio_high": rl.clip_high,
         f"{actor}.loss_agg_mode": rl.loss_agg_mode,
         f"{actor}.checkpoint.save_contents": ["model", "optimizer", "extra", "hf_model"],
+        f"{actor}.data_loader_seed": recipe.seed,
         f"{ref}.log_prob_use_dynamic_bsz": True,
         f"{ref}.log_prob_max_token_len_per_gpu": rl.max_tokens_per_micro_batch,
+    }
+    if device == "cpu":
+        options |= _cpu_engine(f"{actor}.fsdp_config") | _cpu_engine(f"{ref}.fsdp_config")
+        options[f"{actor}.use_torch_compile"] = False
+    return options
+
+
+def _rollout_options(recipe: Recipe, prompt_length: int, num_levels: int) -> dict[str, Any]:
+    """The SID rollout engine and the agent loop that asks it."""
+    rollout = "actor_rollout_ref.rollout"
+    return {
         f"{rollout}.name": "recast_sid",
         f"+{rollout}.custom": {"tokenizer": quoted(Path(recipe.tokenizer).resolve())},
         f"+{rollout}.agent.agent_loop_manager_class": LOOP_MANAGER,
         f"{rollout}.agent.num_workers": 1,
-        f"{rollout}.n": rl.group_size,
-        f"{rollout}.temperature": rl.temperature,
+        f"{rollout}.n": recipe.rl.group_size,
+        f"{rollout}.temperature": recipe.rl.temperature,
         f"{rollout}.prompt_length": prompt_length,
         f"{rollout}.response_length": num_levels,
         f"{rollout}.tensor_model_parallel_size": 1,
         f"{rollout}.log_prob_use_dynamic_bsz": True,
-        f"{rollout}.log_prob_max_token_len_per_gpu": rl.max_tokens_per_micro_batch,
+        f"{rollout}.log_prob_max_token_len_per_gpu": recipe.rl.max_tokens_per_micro_batch,
         f"{rollout}.free_cache_engine": False,
-        f"{rollout}.dtype": "float32" if device == "cpu" else "bfloat16",
+        f"{rollout}.dtype": "float32" if resolve_device(recipe) == "cpu" else "bfloat16",
         f"{rollout}.seed": recipe.seed,
-        f"{actor}.data_loader_seed": recipe.seed,
+    }
+
+
+def _trainer_options(recipe: Recipe, out: Path) -> dict[str, Any]:
+    """The loop, its checkpoints and log, and the processes it runs in."""
+    rl, device = recipe.rl, resolve_device(recipe)
+    options = {
         "reward.num_workers": 1,
         "trainer.v1.sampler.custom_sampler.path": "pkg://verl_recast.sampler",
         "trainer.v1.sampler.custom_sampler.name": "QuickReplayBuffer",
@@ -219,15 +255,9 @@ def rl_arguments(
         "ray_kwargs.ray_init.num_cpus": recipe.ray_cpus,
         "+ray_kwargs.ray_init.include_dashboard": False,
     }
-    options |= _method_options(recipe)
     if device == "cpu":
-        options |= {
-            **_cpu_engine(f"{actor}.fsdp_config"),
-            **_cpu_engine(f"{ref}.fsdp_config"),
-            f"{actor}.use_torch_compile": False,
-            "+ray_kwargs.ray_init.num_gpus": recipe.num_gpus,  # slots; the CPU platform calls them GPUs
-        }
-    return _arguments(options | recipe.verl)
+        options["+ray_kwargs.ray_init.num_gpus"] = recipe.num_gpus  # slots; the CPU platform calls them GPUs
+    return options
 
 
 def _method_options(recipe: Recipe) -> dict[str, Any]:

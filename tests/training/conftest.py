@@ -9,7 +9,7 @@ import pytest
 from training_artifacts import write_artifacts
 
 from recast_cli.recipe import Recipe
-from recast_cli.training.run import Inputs
+from recast_cli.training.inputs import Inputs
 
 MakeRecipe = Callable[..., Recipe]
 

@@ -13,8 +13,9 @@ from training_artifacts import MODEL_BYTES, NUM_RL_ROWS, sid, write_artifacts
 from recast_cli.artifacts import write_manifest
 from recast_cli.errors import ArtifactError, DataError
 from recast_cli.recipe import dump_recipe
-from recast_cli.training import run
-from recast_cli.training.run import Inputs
+from recast_cli.training import run, warm_start
+from recast_cli.training.inputs import Inputs
+from recast_cli.training.process import hf_checkpoints
 
 
 def indices(table) -> list[int]:
@@ -93,20 +94,20 @@ def finish_run(recipe, inputs: Inputs) -> None:
     out = Path(recipe.out)
     out.mkdir()
     (out / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-    run.write_run(out, inputs, {"recipe": recipe.model_dump(), "seed": recipe.seed})
+    run.close(out, inputs, {"recipe": recipe.model_dump(), "seed": recipe.seed})
 
 
 def test_no_run_is_found_in_an_empty_or_foreign_folder(make_recipe, inputs: Inputs, tmp_path: Path) -> None:
-    assert run.find_run(make_recipe(), inputs) is None
+    assert run.find(make_recipe(), inputs) is None
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    assert run.find_run(make_recipe(), inputs) is None
+    assert run.find(make_recipe(), inputs) is None
 
 
 def test_same_recipe_and_parents_reuse_a_finished_run(make_recipe, inputs: Inputs) -> None:
     recipe = make_recipe(rl={"learning_rate": 1e-5}, verl={"trainer.nnodes": 1})
     finish_run(recipe, inputs)
-    found = run.find_run(recipe, inputs)
+    found = run.find(recipe, inputs)
     assert found is not None and found["kind"] == "run" and found["parents"] == inputs.parents
 
 
@@ -115,62 +116,62 @@ def test_run_of_another_recipe_or_of_other_data_is_refused(
 ) -> None:
     finish_run(make_recipe(), inputs)
     with pytest.raises(ArtifactError, match="another recipe or data") as caught:
-        run.find_run(make_recipe(seed=1), inputs)
+        run.find(make_recipe(seed=1), inputs)
     assert "--overwrite" in caught.value.hint
     with pytest.raises(ArtifactError, match="another recipe or data"):
-        run.find_run(make_recipe(method={"name": "grpo"}), inputs)
+        run.find(make_recipe(method={"name": "grpo"}), inputs)
     manifest = json.loads((tmp_path / "tokenizer" / "manifest.json").read_text())
     manifest["files"]["model/model.safetensors"] = "0" * 64
     (tmp_path / "tokenizer" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ArtifactError, match="another recipe or data"):
-        run.find_run(make_recipe(), Inputs.load(make_recipe()))
+        run.find(make_recipe(), Inputs.load(make_recipe()))
 
 
 def test_unfinished_run_is_refused(make_recipe, inputs: Inputs, tmp_path: Path) -> None:
     finish_run(make_recipe(), inputs)
     (tmp_path / "run" / "manifest.json").unlink()
     with pytest.raises(ArtifactError, match="did not finish") as caught:
-        run.find_run(make_recipe(), inputs)
+        run.find(make_recipe(), inputs)
     assert "--overwrite" in caught.value.hint
 
 
 def finish_warm_start(recipe, inputs: Inputs) -> Path:
-    folder = run.warm_start_dir(recipe)
+    folder = warm_start.folder_of(recipe)
     folder.mkdir(parents=True)
-    write_manifest(folder, "warm-start", parents=inputs.parents, **run.warm_start_facts(recipe))
+    write_manifest(folder, "warm-start", parents=inputs.parents, **warm_start.facts(recipe))
     return folder
 
 
 def test_warm_start_is_shared_by_recipes_that_start_alike(
     make_recipe, inputs: Inputs, tmp_path: Path
 ) -> None:
-    assert run.warm_start_dir(make_recipe()) == tmp_path / "run" / "warm_start"
+    assert warm_start.folder_of(make_recipe()) == tmp_path / "run" / "warm_start"
     shared = {"out": str(tmp_path / "shared"), "epochs": 2}
     recipe = make_recipe(warm_start=shared)
-    assert run.find_warm_start(recipe, inputs) is None
+    assert warm_start.find(recipe, inputs) is None
     finish_warm_start(recipe, inputs)
     other = make_recipe(warm_start=shared, out=str(tmp_path / "b"), method={"name": "grpo"}, rl={"steps": 3})
-    found = run.find_warm_start(other, inputs)
+    found = warm_start.find(other, inputs)
     assert found is not None and found["params"]["epochs"] == 2
     for changed in ({"warm_start": {**shared, "epochs": 3}}, {"warm_start": shared, "seed": 9}):
         with pytest.raises(ArtifactError, match="warm start of other data or settings"):
-            run.find_warm_start(make_recipe(**changed), inputs)
+            warm_start.find(make_recipe(**changed), inputs)
 
 
 def test_unfinished_warm_start_is_refused(make_recipe, inputs: Inputs) -> None:
     folder = finish_warm_start(make_recipe(), inputs)
     (folder / "manifest.json").unlink()
     with pytest.raises(ArtifactError, match="no warm-start in"):
-        run.find_warm_start(make_recipe(), inputs)
+        warm_start.find(make_recipe(), inputs)
     shutil.rmtree(folder)
-    assert run.find_warm_start(make_recipe(), inputs) is None
+    assert warm_start.find(make_recipe(), inputs) is None
 
 
 def test_warm_start_of_fewer_windows_than_a_batch_is_refused(
     make_recipe, inputs: Inputs, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match="10 SFT windows are less than one batch of 64") as caught:
-        run.warm_start(make_recipe(), inputs, score=lambda _: {"ndcg@10": 0.0})
+        warm_start.train(make_recipe(), inputs, score=lambda _: {"ndcg@10": 0.0})
     assert "warm_start.batch_size" in caught.value.hint
     assert not (tmp_path / "run").exists()
 
@@ -198,7 +199,7 @@ def test_estimate_by_hand(make_recipe, inputs: Inputs, method: str, rollouts: in
 
 def test_warm_start_steps_drop_the_last_ragged_batch(make_recipe, inputs: Inputs) -> None:
     recipe = make_recipe(warm_start={"batch_size": 4, "epochs": 3})
-    assert run.warm_start_steps(recipe, inputs) == 2 * 3  # 10 windows in batches of 4
+    assert warm_start.num_steps(recipe, inputs) == 2 * 3  # 10 windows in batches of 4
 
 
 def test_checkpoints_are_found_in_the_order_of_their_steps(tmp_path: Path) -> None:
@@ -206,5 +207,5 @@ def test_checkpoints_are_found_in_the_order_of_their_steps(tmp_path: Path) -> No
         (tmp_path / f"global_step_{step}" / "huggingface").mkdir(parents=True)
     (tmp_path / "global_step_11" / "actor" / "huggingface").mkdir(parents=True)
     (tmp_path / "global_step_12").mkdir()  # nothing exported
-    found = [path.relative_to(tmp_path).parts[0] for path in run.hf_checkpoints(tmp_path)]
+    found = [path.relative_to(tmp_path).parts[0] for path in hf_checkpoints(tmp_path)]
     assert found == [f"global_step_{step}" for step in (2, 9, 10, 11)]

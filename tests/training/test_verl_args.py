@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from recast_cli.recipe import Recipe, load_recipe
 from recast_cli.training import run, verl_args
-from recast_cli.training.run import Inputs
+from recast_cli.training.inputs import Inputs
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPES = sorted(path for path in ROOT.glob("recipes/**/*.yaml") if path.stem != "base")
@@ -114,9 +114,9 @@ def test_verl_accepts_every_recipe(path: Path, device: str, folders, tmp_path: P
     recipe = load_recipe(path, [f"data={data}", f"tokenizer={tokenizer}", f"device={device}"])
     module, arguments = run.job(recipe, Inputs.load(recipe), tmp_path / "model", tmp_path / "out")
     assert len({argument.partition("=")[0] for argument in arguments}) == len(arguments)
-    config = composed(module[0], arguments)
+    config = composed(module[-1], arguments)
     assert OmegaConf.to_container(config, resolve=True)
-    if module[0].endswith("main_ppo"):
+    if module[-1].endswith("main_ppo"):
         from verl.trainer.ppo.utils import need_critic, need_reference_policy
         from verl.utils.config import validate_config
 

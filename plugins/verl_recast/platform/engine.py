@@ -11,9 +11,13 @@ from typing import Any
 import torch
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.engine.base import EngineRegistry
+from verl.workers.engine.fsdp import transformer_impl
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from verl_recast.platform import measure
+from verl_recast.platform import measure, micro_batches
+
+# In a process on the CPU platform this is the only engine, and the name is looked up at each call.
+transformer_impl.prepare_micro_batches = micro_batches.prepare  # type: ignore[assignment]
 
 
 @EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cpu")

@@ -1,0 +1,61 @@
+"""What a training run reads: dataset and tokenizer, checked against each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from recast_cli.artifacts import identity, load_manifest, require_parent
+from recast_cli.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The parents of a run, checked."""
+
+    data: Path
+    tokenizer: Path
+    dataset: dict[str, Any]
+    tokenizer_manifest: dict[str, Any]
+
+    @classmethod
+    def load(cls, recipe: Recipe) -> Inputs:
+        """Read both manifests and refuse a tokenizer of another dataset."""
+        data, tokenizer = Path(recipe.data), Path(recipe.tokenizer)
+        dataset, tokenizer_manifest = load_manifest(data, "dataset"), load_manifest(tokenizer, "tokenizer")
+        require_parent(tokenizer_manifest, dataset, tokenizer, data)
+        return cls(data, tokenizer, dataset, tokenizer_manifest)
+
+    @property
+    def num_levels(self) -> int:
+        return int(self.tokenizer_manifest["num_levels"])
+
+    @property
+    def item_tokens(self) -> int:
+        """Tokens of one item in a prompt: begin, L codes, end."""
+        return self.num_levels + 2
+
+    @property
+    def prompt_length(self) -> int:
+        """Most tokens of a prompt: a full history and the `<|sid_begin|>` that asks for the next item."""
+        return int(self.dataset["params"]["history"]) * self.item_tokens + 1
+
+    @property
+    def example_length(self) -> int:
+        """Most tokens of an SFT row: a full history and the item after it."""
+        return self.prompt_length - 1 + self.item_tokens
+
+    @property
+    def sft_rows(self) -> Path:
+        return self.tokenizer / "verl" / "sft.parquet"
+
+    @property
+    def num_sft_rows(self) -> int:
+        return pq.read_metadata(self.sft_rows).num_rows
+
+    @property
+    def parents(self) -> dict[str, str]:
+        return {"dataset": identity(self.dataset), "tokenizer": identity(self.tokenizer_manifest)}

@@ -1,0 +1,121 @@
+"""Supervised warm start: verl's SFT trainer on the windows, and the epoch that validates best."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from recast_cli.artifacts import atomic_dir, load_manifest, write_manifest
+from recast_cli.errors import ArtifactError, DataError
+from recast_cli.provenance import versions
+from recast_cli.recipe import Recipe
+from recast_cli.training import verl_args
+from recast_cli.training.inputs import Inputs
+from recast_cli.training.process import OnStep, hf_checkpoints, run_verl
+
+
+def folder_of(recipe: Recipe) -> Path:
+    """Where the recipe's warm start lies; its model is `folder_of(recipe) / "model"`."""
+    return Path(recipe.warm_start.out) if recipe.warm_start.out else Path(recipe.out) / "warm_start"
+
+
+def facts(recipe: Recipe) -> dict[str, Any]:
+    """What decides a warm start; recorded and compared before reuse."""
+    return {"seed": recipe.seed, "params": recipe.warm_start.model_dump(exclude={"out"})}
+
+
+def find(recipe: Recipe, inputs: Inputs) -> dict[str, Any] | None:
+    """Manifest of a finished warm start with the same parents and parameters, else None.
+
+    Raises:
+        ArtifactError: the folder holds something else.
+    """
+    folder = folder_of(recipe)
+    if not folder.exists():
+        return None
+    manifest = load_manifest(folder, "warm-start")
+    wanted = {**facts(recipe), "parents": inputs.parents}
+    if any(manifest.get(key) != value for key, value in wanted.items()):
+        raise ArtifactError(
+            f"{folder} holds a warm start of other data or settings",
+            "remove it or choose another warm_start.out",
+        )
+    return manifest
+
+
+def num_steps(recipe: Recipe, inputs: Inputs) -> int:
+    """Optimiser steps of all epochs."""
+    return inputs.num_sft_rows // recipe.warm_start.batch_size * recipe.warm_start.epochs
+
+
+def job(recipe: Recipe, inputs: Inputs, out: Path) -> tuple[list[str], list[str]]:
+    """What follows `python -m`, and the overrides."""
+    settings = recipe.warm_start
+    arguments = verl_args.sft_arguments(
+        recipe,
+        model=(inputs.tokenizer / "model").resolve(),
+        train_file=inputs.sft_rows.resolve(),
+        out=out,
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        max_length=inputs.example_length,
+    )
+    return verl_args.sft_module(recipe), arguments
+
+
+def train(
+    recipe: Recipe,
+    inputs: Inputs,
+    *,
+    score: Callable[[Path], dict[str, float]],
+    on_step: OnStep | None = None,
+    on_epoch: Callable[[int, dict[str, float]], None] | None = None,
+) -> dict[str, Any]:
+    """Train on the SFT windows and keep the epoch with the best validation NDCG@10.
+
+    Args:
+        score: Hugging Face folder -> validation metrics; `ndcg@10` decides, ties go to the earlier epoch.
+        on_step: Called with verl's metrics of each step.
+        on_epoch: Called with each epoch's number (from 1) and metrics.
+
+    Returns:
+        The warm start's manifest.
+    """
+    settings = recipe.warm_start
+    if inputs.num_sft_rows < settings.batch_size:
+        raise DataError(
+            f"{inputs.num_sft_rows} SFT windows are less than one batch of {settings.batch_size}",
+            "set warm_start.batch_size",
+        )
+    folder = folder_of(recipe).resolve()  # verl runs in another working directory
+    log = folder.with_name(f"{folder.name}.log")  # outside the scratch folder: it must outlive a failure
+    with atomic_dir(folder) as scratch:
+        work = scratch / "work"
+        work.mkdir()
+        module, arguments = job(recipe, inputs, work / "checkpoints")
+        metrics = scratch / "metrics.jsonl"
+        environment = verl_args.environment(recipe, metrics)
+        run_verl(
+            module, arguments, environment=environment, cwd=work, log=log, metrics=metrics, on_step=on_step
+        )
+        epochs = []
+        for number, checkpoint in enumerate(hf_checkpoints(work / "checkpoints"), start=1):
+            epochs.append((checkpoint, score(checkpoint)))
+            if on_epoch is not None:
+                on_epoch(number, epochs[-1][1])
+        best = max(range(len(epochs)), key=lambda i: (epochs[i][1]["ndcg@10"], -i))
+        shutil.move(epochs[best][0], scratch / "model")
+        shutil.rmtree(work)
+        shutil.move(log, scratch / "warm_start.log")
+        return write_manifest(
+            scratch,
+            "warm-start",
+            parents=inputs.parents,
+            **facts(recipe),
+            versions=versions(),
+            epochs=[found for _, found in epochs],
+            best_epoch=best + 1,
+        )
