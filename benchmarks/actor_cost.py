@@ -46,6 +46,9 @@ def main() -> None:
         program = "import sys; from recast_cli.main import main; sys.argv[0] = 'recast'; main()"
         subprocess.run([sys.executable, "-c", program, *command], check=True)
         result = json.loads((Path(folder) / "profile.json").read_text(encoding="utf-8"))
+    for name in ("data", "tokenizer", "out", "model"):
+        result["setting"]["recipe"].pop(name)
+    result["setting"]["recipe"]["warm_start"].pop("out")
     overrides = [text for text in args.overrides if not text.startswith(PATHS)]
     command_line = " ".join(["recast profile", Path(args.recipe).name, *overrides, *options])
     atomic_text(args.result, json.dumps({"command": command_line, **before, **result}, indent=2) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import polars as pl
 
 from recast_cli.core.ranking import Interval, paired_bootstrap
+from recast_cli.recipe import load_recipe
 from recast_cli.training.process import read_metrics
 
 # Arm of the summary -> folder of its model below the run directory.
@@ -22,7 +24,8 @@ ARMS = {
 }
 RECIPES = {"rl": "recast", "grpo": "grpo", "sft_continued": "sft-continued"}
 SPLITS = ("validation", "test")
-SIGNAL = ("all_zero", "single_hit", "multi_hit", "hit_rate", "invalid", "duplicate", "all_zero_after_repair")
+ROLLED_OUT = ("rl", "grpo")  # the arms with rollouts
+SIGNAL = ("all_zero", "single_hit", "multi_hit", "hit_rate", "mean_score", "invalid", "duplicate")
 
 
 @dataclass(frozen=True)
@@ -100,19 +103,23 @@ def commands(layout: Layout, overrides: list[str], profile_options: list[str]) -
 def is_current(layout: Layout, arguments: list[str]) -> bool:
     """True if an `evaluate` or `profile` has its result already; the other commands look for themselves."""
     if arguments[0] == "profile":
-        return (layout.run / "profile" / "profile.json").exists()
-    return arguments[0] == "evaluate" and evaluation_is_current(arguments)
+        result = layout.run / "profile" / "profile.json"
+        overrides = list(itertools.takewhile(lambda word: not word.startswith("--"), arguments[2:]))
+        return (
+            _is_newer(result, layout.run / ARMS["warm_start"])
+            and _read(result)["setting"]["recipe"] == load_recipe(Path(arguments[1]), overrides).model_dump()
+        )
+    if arguments[0] == "evaluate":
+        out, model = (Path(arguments[arguments.index(name) + 1]) for name in ("--out", "--model"))
+        return _is_newer(out, model)
+    return False
 
 
-def evaluation_is_current(arguments: list[str]) -> bool:
-    """True if an `evaluate` command's result is there and was made from the model that is there now."""
-    out, model = (
-        Path(arguments[arguments.index("--out") + 1]),
-        Path(arguments[arguments.index("--model") + 1]),
-    )
+def _is_newer(result: Path, model: Path) -> bool:
+    """True if a result is there and was made from the model that is there now."""
     weights = model / "model.safetensors"
     # A model is written once, at the end of its run: a newer result is of that model.
-    return out.exists() and weights.exists() and out.stat().st_mtime > weights.stat().st_mtime
+    return result.exists() and weights.exists() and result.stat().st_mtime > weights.stat().st_mtime
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -124,7 +131,8 @@ def summarise(layout: Layout) -> dict[str, Any]:
 
     `evaluation` is the test split with items of the history removed; `evaluation_history_kept`, `validation`
     and `validation_history_kept` stand beside it; `difference` is each arm minus the warm start over the same
-    test users, with a paired bootstrap interval.
+    test users, with a paired bootstrap interval; `signal` are the full groups as the ReCast run sampled them.
+    `invalid_items` counts every rollout of both RL runs and every list of every evaluation.
     """
     found = {(arm, split): _read(layout.evaluation(arm, split)) for arm in ARMS for split in SPLITS}
     headline = found["warm_start", "test"]
@@ -133,6 +141,13 @@ def summarise(layout: Layout) -> dict[str, Any]:
         return {arm: found[arm, split]["metrics"][mode]["model"] for arm in ARMS}
 
     profile = _read(layout.run / "profile" / "profile.json")
+    seconds = {
+        arm: {phase: values["median"] for phase, values in found["seconds"].items()}
+        for arm, found in profile["arms"].items()
+    }
+    rollouts = {arm: _read_lines(layout.run / RECIPES[arm] / "rollouts.jsonl") for arm in ROLLED_OUT}
+    repaired = read_metrics(layout.run / "recast" / "metrics.jsonl")
+    after_repair = float(np.mean([record["signal/all_zero_after_repair"] for record in repaired]))
     dataset = _read(layout.dataset / "manifest.json")
     return {
         "rl_rows": dataset["params"]["rl_rows"],
@@ -146,26 +161,32 @@ def summarise(layout: Layout) -> dict[str, Any]:
             name: headline["metrics"]["history_removed"][name] for name in ("popularity", "item_knn")
         },
         "difference": {arm: _differences(layout, arm) for arm in RECIPES},
-        "signal": _signal(layout.run / "recast" / "metrics.jsonl"),
+        "signal": _signal(rollouts["rl"]) | {"all_zero_after_repair": after_repair},
+        "signal_grpo": _signal(rollouts["grpo"]),
+        "rollouts": {arm: sum(line["rollouts"] for line in lines) for arm, lines in rollouts.items()},
         "warm_start": {
             key: _read(layout.run / "warm_start" / "manifest.json")[key] for key in ("best_epoch", "epochs")
         },
         "recipes": {
             arm: _read(layout.run / name / "manifest.json")["recipe"] for arm, name in RECIPES.items()
         },
-        "cost": profile["cost"],
+        "cost": profile["cost"] | {"seconds": seconds},
         "invalid_items": sum(
             values["metrics"][mode]["model"]["invalid_items"]
             for values in found.values()
             for mode in ("history_removed", "history_kept")
-        ),
+        )
+        + sum(line["invalid_rollouts"] for lines in rollouts.values() for line in lines),
     }
 
 
-def _signal(metrics: Path) -> dict[str, float]:
-    """Means over the RL steps of what the trainer logged about its full groups."""
-    records = read_metrics(metrics)
-    return {name: float(np.mean([record[f"signal/{name}"] for record in records])) for name in SIGNAL}
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _signal(rollouts: list[dict[str, Any]]) -> dict[str, float]:
+    """Means over the RL steps of what the agent loop logged about its full groups."""
+    return {name: float(np.mean([line[name] for line in rollouts])) for name in SIGNAL}
 
 
 def _differences(layout: Layout, arm: str) -> dict[str, list[float]]:

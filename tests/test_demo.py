@@ -7,6 +7,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from recast_cli.commands.demo import COLUMNS, table_rows
 from recast_cli.demo import ARMS, Layout, commands, is_current, summarise
 from recast_cli.recipe import load_recipe
 
@@ -49,20 +50,32 @@ def layout(tmp_path):
     _write(layout.run / "warm_start" / "manifest.json", {"best_epoch": 1, "epochs": [{}]})
     for name in ("recast", "grpo", "sft-continued"):
         _write(layout.run / name / "manifest.json", {"recipe": {"out": name}})
-    names = (
-        "all_zero",
-        "single_hit",
-        "multi_hit",
-        "hit_rate",
-        "invalid",
-        "duplicate",
-        "all_zero_after_repair",
-    )
+    for name, shares in (("recast", (0.5, 1.0)), ("grpo", (0.25, 0.25))):
+        names = ("all_zero", "single_hit", "multi_hit", "hit_rate", "mean_score", "invalid", "duplicate")
+        lines = [
+            {"rollouts": 8, "invalid_rollouts": number, **dict.fromkeys(names, share)}
+            for number, share in enumerate(shares)
+        ]
+        (layout.run / name / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     steps = [
-        {"step": n, "data": {f"signal/{name}": value for name in names}} for n, value in ((1, 0.5), (2, 1.0))
+        {"step": n, "data": {"signal/all_zero_after_repair": value}} for n, value in ((1, 0.0), (2, 0.5))
     ]
     (layout.run / "recast" / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
-    _write(layout.run / "profile" / "profile.json", {"cost": {"ratio": {"actor_update": 12.0}}})
+    ratio = {
+        "actor_update": 12.0,
+        "old_log_prob": 6.0,
+        "actor_total": 9.0,
+        "peak_memory": 3.0,
+        "tokens": 16.0,
+    }
+    seconds = {name: {"median": 6.0} for name in ("old_log_prob", "actor_update", "actor_total")}
+    recipe = load_recipe(RECIPES / "recast.yaml", ["out=profiled"]).model_dump()
+    profile = {
+        "cost": {"ratio": ratio},
+        "arms": {"stock": {"seconds": seconds}, "recast": {"seconds": seconds}},
+        "setting": {"recipe": recipe},
+    }
+    _write(layout.run / "profile" / "profile.json", profile)
     return layout
 
 
@@ -73,8 +86,12 @@ def test_summary_takes_every_table_from_its_own_split_and_mode(layout):
     assert summary["evaluation_history_kept"]["grpo"]["hr@10"] == 4 + 1 + 0.5
     assert summary["validation_history_kept"]["grpo"]["hr@10"] == 4 + 0 + 0.5
     assert set(summary["evaluation"]) == {"warm_start", "rl", "grpo", "sft_continued"}
-    assert summary["invalid_items"] == 4 * 2 * 2  # arms, splits, modes
+    assert summary["invalid_items"] == 4 * 2 * 2 + 2 * (0 + 1)  # arms, splits, modes; the steps of two runs
+    assert summary["rollouts"] == {"rl": 16, "grpo": 16}
     assert summary["signal"]["all_zero"] == pytest.approx((0.5 + 1.0) / 2)
+    assert summary["signal"]["all_zero_after_repair"] == pytest.approx((0.0 + 0.5) / 2)
+    assert summary["signal_grpo"]["all_zero"] == 0.25
+    assert summary["cost"]["seconds"]["stock"]["actor_update"] == 6.0
     assert summary["cost"]["ratio"]["actor_update"] == 12.0
     assert summary["baselines"]["item_knn"]["hr@10"] == 0.125
 
@@ -99,6 +116,31 @@ def test_evaluation_older_than_its_model_is_stale(layout):
     assert is_current(layout, arguments)
     os.utime(weights, (2e9, 2e9))
     assert not is_current(layout, arguments)
+
+
+def test_profile_of_another_recipe_or_an_older_model_is_stale(layout):
+    weights = layout.run / ARMS["warm_start"] / "model.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.touch()
+    os.utime(weights, (1, 1))
+    command = ["profile", str(RECIPES / "recast.yaml"), "out=profiled", "--out", "x", "--repeats", "1"]
+    assert is_current(layout, command)
+    assert not is_current(layout, [*command[:3], "rl.steps=1", *command[3:]])
+    os.utime(weights, (2e9, 2e9))
+    assert not is_current(layout, command)
+
+
+def test_one_table_holds_metrics_signal_and_cost(layout):
+    rows = {row[0].strip(): row[1:] for row in table_rows(summarise(layout))}
+    order = list(COLUMNS)
+    assert order[:3] == ["warm_start", "rl", "grpo"]
+    assert rows["hr@10"][:4] == [len(arm) + 1 for arm in ARMS]
+    assert rows["hr@10"][4:] == [0.25, 0.125]
+    assert rows["ndcg@10 gained"] == ["", "+0.1230", "+0.1230", "+0.1230", "", ""]
+    assert rows["no hit, as sampled"] == ["", 0.75, 0.25, "", "", ""]
+    assert rows["no hit, after repair"] == ["", 0.25, None, "", "", ""]
+    assert rows["update: 12.0x less"] == ["", 6.0, 6.0, "", "", ""]
+    assert "reference: 1.0x less" not in rows and "peak memory: 3.0x less" in rows
 
 
 def test_commands_walk_the_data_flow_and_their_recipes_load(tmp_path):

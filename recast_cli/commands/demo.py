@@ -7,14 +7,26 @@ from typing import Annotated, Any
 
 import typer
 
-METRICS = ("hr@1", "hr@10", "ndcg@10", "target_log_prob")
-LABELS = {
+COLUMNS = {
     "warm_start": "warm start",
-    "rl": "+ ReCast",
-    "grpo": "+ stock GRPO",
-    "sft_continued": "+ continued SFT",
+    "rl": "ReCast",
+    "grpo": "GRPO",
+    "sft_continued": "more SFT",
     "popularity": "popularity",
     "item_knn": "item-kNN",
+}
+METRICS = {"hr@1": "hr@1", "hr@10": "hr@10", "ndcg@10": "ndcg@10", "target log-prob": "target_log_prob"}
+SIGNAL = {
+    "no hit, as sampled": "all_zero",
+    "one hit": "single_hit",
+    "several hits": "multi_hit",
+    "no hit, after repair": "all_zero_after_repair",
+}
+PHASES = {
+    "old log-prob": "old_log_prob",
+    "reference": "ref_log_prob",
+    "update": "actor_update",
+    "together": "actor_total",
 }
 # A shortened demo walks the same path with almost no training.
 SHORT = ["warm_start.epochs=1", "rl.steps=2", "rl.prompts_per_step=4", "rl.warmup_steps=0"]
@@ -93,38 +105,40 @@ def _run_together(batch: list[list[str]]) -> None:
 def _show(summary: dict[str, Any], out: Path) -> None:
     from recast_cli.console import note, print_table
 
-    rows = []
-    for arm, values in {**summary["evaluation"], **summary["baselines"]}.items():
-        difference = summary["difference"].get(arm, {}).get("ndcg@10")
-        change = (
-            "" if difference is None else f"{difference[0]:+.4f} [{difference[1]:+.4f}, {difference[2]:+.4f}]"
-        )
-        rows.append([LABELS[arm], *(values.get(name) for name in METRICS), change])
-    columns = ["", *METRICS, "ndcg@10 against warm start, 95 %"]
     users, items = summary["num_users"], summary["num_items"]
-    print_table(
-        f"Test, history removed, {users} users, all {items} items ranked, RL rows: {summary['rl_rows']}",
-        columns,
-        rows,
-    )
-    signal = summary["signal"]
-    print("\nSignal of the full groups, mean over the RL steps of ReCast")  # a title would wrap to the table
-    print_table(
-        "",
-        ["groups with", "share"],
-        [
-            ["no hit, as sampled", signal["all_zero"]],
-            ["one hit", signal["single_hit"]],
-            ["several hits", signal["multi_hit"]],
-            ["no hit, after repair", signal["all_zero_after_repair"]],
-        ],
-    )
-    ratio = summary["cost"]["ratio"]
-    print("\nActor cost, stock GRPO over ReCast on the same rollouts")
-    print_table(
-        "",
-        ["phase", "times"],
-        [[name.replace("_", " "), float(value)] for name, value in ratio.items() if value is not None],
-    )
-    note(f"invalid items: {summary['invalid_items']}   seconds: {summary['seconds']}")
+    title = f"MovieLens-100K: {users} users, all {items} items ranked, RL rows: {summary['rl_rows']}, seed 0"
+    print_table(title, ["", *COLUMNS.values()], table_rows(summary))
+    total = sum(summary["rollouts"].values())
+    note(f"invalid items: {summary['invalid_items']} (evaluations and {total:,} rollouts)")
+    note(f"seconds: {summary['seconds']}")
     note(f"summary: {out / 'summary.json'}   run directory: {out}")
+
+
+def table_rows(summary: dict[str, Any]) -> list[list[Any]]:
+    """The demo's one table: a row for each quantity, a column for each of `COLUMNS`."""
+
+    def row(label: str, **cells: Any) -> list[Any]:
+        return [label, *(cells.get(column, "") for column in COLUMNS)]
+
+    arms = summary["evaluation"] | summary["baselines"]
+    gained = {arm: found["ndcg@10"] for arm, found in summary["difference"].items()}
+    rows = [row("test, history removed")]
+    for label, name in METRICS.items():
+        rows.append(row(f"  {label}", **{arm: values.get(name) for arm, values in arms.items()}))
+    for place, label in enumerate(("ndcg@10 gained", "95 % from", "95 % to")):
+        cells = {arm: f"{interval[place]:+.4f}" for arm, interval in gained.items()}
+        rows.append(row(f"  {label}", **cells))
+    recast, stock = summary["signal"], summary["signal_grpo"]
+    rows += [row(""), row("groups of rollouts, share with")]
+    for label, name in SIGNAL.items():
+        rows.append(row(f"  {label}", rl=recast[name], grpo=stock.get(name)))
+    cost = summary["cost"]
+    rows += [row(""), row("actor, seconds a step")]
+    for label, name in PHASES.items():
+        if name in cost["seconds"]["stock"]:
+            seconds = {arm: cost["seconds"][arm][name] for arm in ("recast", "stock")}
+            factor = f"{label}: {cost['ratio'][name]:.1f}x less"
+            rows.append(row(f"  {factor}", rl=seconds["recast"], grpo=seconds["stock"]))
+    rows.append(row(f"  peak memory: {cost['ratio']['peak_memory']:.1f}x less"))
+    rows.append(row(f"  tokens: {cost['ratio']['tokens']:.1f}x less"))
+    return rows

@@ -56,7 +56,8 @@ def profile(
     from recast_cli.training.inputs import Inputs
     from recast_cli.training.run import draw_rows
 
-    settings = _settings(load_recipe(recipe, overrides or []), prompts, group_size, steps)
+    loaded = load_recipe(recipe, overrides or [])
+    settings = _settings(loaded, prompts, group_size, steps)
     inputs = Inputs.load(settings)
     start = model or _start_model(settings, inputs)
     device, threads = verl_args.resolve_device(settings), verl_args.num_threads(settings)
@@ -80,6 +81,7 @@ def profile(
             "device": device,
             "seed": settings.seed,
             "versions": versions(),
+            "recipe": loaded.model_dump(),
         },
     )
     stage.save(result, out)
@@ -163,6 +165,7 @@ def _launcher(settings: Recipe, inputs: Inputs, model: Path, rows: Any, steps: i
             out=job.folder / "checkpoints",
             prompt_length=inputs.prompt_length,
             num_levels=inputs.num_levels,
+            rollout_log=job.folder / "rollouts.jsonl",  # the job's own `custom` replaces it
         )
         return run_verl(
             verl_args.RL_MODULE,

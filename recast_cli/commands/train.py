@@ -70,7 +70,14 @@ def _remove_run(out: Path) -> None:
 
     for name in ("checkpoints", "model", "logs", "outputs"):
         shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("recipe.yaml", "manifest.json", "metrics.jsonl", "rows.parquet", "command.txt"):
+    for name in (
+        "recipe.yaml",
+        "manifest.json",
+        "metrics.jsonl",
+        "rollouts.jsonl",
+        "rows.parquet",
+        "command.txt",
+    ):
         (out / name).unlink(missing_ok=True)
 
 

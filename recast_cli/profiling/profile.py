@@ -66,7 +66,7 @@ def replay(recording: Recording, launch: Launch, folder: Path, *, steps: int, re
         for arm in arms:
             job = _job(recording, arm, repeat, folder / f"{arm}-{repeat + 1}", steps)
             metrics = launch(job)
-            measured, replayed = job.environment["RECAST_MEASURE"], job.custom["replay_log"]
+            measured, replayed = job.environment["RECAST_MEASURE"], job.custom["log"]
             runs.append(read_run(arm, metrics, Path(measured), Path(replayed), steps))
     digests = frozenset().union(*(run.rollouts for run in runs))
     if len(digests) != 1:
@@ -83,7 +83,7 @@ def _job(recording: Recording, arm: str, repeat: int, folder: Path, steps: int) 
         arm,
         repeat,
         folder,
-        custom={"replay": str(recording.path.resolve()), "replay_log": str(folder / "replayed.jsonl")},
+        custom={"replay": str(recording.path.resolve()), "log": str(folder / "replayed.jsonl")},
         environment={
             "RECAST_MEASURE": str(folder / "measured.jsonl"),
             "RECAST_MEASURE_MEMORY_FROM": str(WARM_UP + steps + 1),

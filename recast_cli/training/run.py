@@ -68,6 +68,7 @@ def job(recipe: Recipe, inputs: Inputs, model: Path, out: Path) -> tuple[list[st
         out=(out / "checkpoints").resolve(),
         prompt_length=inputs.prompt_length,
         num_levels=inputs.num_levels,
+        rollout_log=(out / "rollouts.jsonl").resolve(),
     )
     return verl_args.RL_MODULE, arguments
 

@@ -157,6 +157,7 @@ def rl_arguments(
     out: Path,
     prompt_length: int,
     num_levels: int,
+    rollout_log: Path,
 ) -> list[str]:
     """Overrides of `verl.trainer.main_ppo` for the recipe's method."""
     options: dict[str, Any] = {
@@ -170,7 +171,7 @@ def rl_arguments(
         "data.shuffle": False,  # rows are drawn by the launcher, so that every method sees the same ones
         "data.dataloader_num_workers": 0,
         **_actor_options(recipe, model),
-        **_rollout_options(recipe, prompt_length, num_levels),
+        **_rollout_options(recipe, prompt_length, num_levels, rollout_log),
         **_trainer_options(recipe, out),
         **_method_options(recipe),
     }
@@ -210,12 +211,12 @@ def _actor_options(recipe: Recipe, model: Path) -> dict[str, Any]:
     return options
 
 
-def _rollout_options(recipe: Recipe, prompt_length: int, num_levels: int) -> dict[str, Any]:
+def _rollout_options(recipe: Recipe, prompt_length: int, num_levels: int, log: Path) -> dict[str, Any]:
     """The SID rollout engine and the agent loop that asks it."""
     rollout = "actor_rollout_ref.rollout"
     return {
         f"{rollout}.name": "recast_sid",
-        f"+{rollout}.custom": {"tokenizer": quoted(Path(recipe.tokenizer).resolve())},
+        f"+{rollout}.custom": {"tokenizer": quoted(Path(recipe.tokenizer).resolve()), "log": quoted(log)},
         f"+{rollout}.agent.agent_loop_manager_class": LOOP_MANAGER,
         f"{rollout}.agent.num_workers": 1,
         f"{rollout}.n": recipe.rl.group_size,

@@ -106,7 +106,7 @@ def launcher(digests: dict[str, str]) -> Callable[[Job], list[dict[str, Any]]]:
             for number in (1, 2, 3)
         ]
         replayed = [{"step": 1, "rollouts": 1, "sha256": digests[job.arm]}]
-        for path, lines in ((job.environment["RECAST_MEASURE"], calls), (job.custom["replay_log"], replayed)):
+        for path, lines in ((job.environment["RECAST_MEASURE"], calls), (job.custom["log"], replayed)):
             Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         return [{"timing_s/old_log_prob": 1.0, "timing_s/update_actor": 1.0}] * 3
 

@@ -57,7 +57,7 @@ def composed(module: str, arguments: list[str]) -> DictConfig:
 
 
 def rl(recipe: Recipe, **paths: Path) -> list[str]:
-    given = {name: Path("/x") / name for name in ("model", "train_file", "val_file", "out")}
+    given = {name: Path("/x") / name for name in ("model", "train_file", "val_file", "out", "rollout_log")}
     return verl_args.rl_arguments(recipe, **{**given, **paths}, prompt_length=21, num_levels=3)
 
 
@@ -76,7 +76,7 @@ def test_paths_survive_hydras_parser(make_recipe, name: str) -> None:
         "trainer.default_local_dir",
     ):
         assert found[key] == str(path), key
-    assert found["actor_rollout_ref.rollout.custom"] == {"tokenizer": str(path)}
+    assert found["actor_rollout_ref.rollout.custom"] == {"tokenizer": str(path), "log": "/x/rollout_log"}
     arguments = verl_args.sft_arguments(
         recipe, model=path, train_file=path, out=path, epochs=1, batch_size=2, learning_rate=0.1, max_length=9
     )

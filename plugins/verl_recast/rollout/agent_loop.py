@@ -8,6 +8,8 @@ Name it with
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import logging
 from typing import Any
 
@@ -21,6 +23,7 @@ from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from recast_cli.core.scoring import score_rollouts
+from recast_cli.core.signal import group_statistics
 from recast_cli.core.spelling import find_all
 from verl_recast.catalogue import Catalogue
 from verl_recast.reward import target_texts
@@ -33,12 +36,17 @@ DATASET_FIELDS = ("uid", "index", "data_source", "reward_model", "extra_info")
 
 
 class GroupLoopWorker(AgentLoopWorker):
-    """Rolls out and scores the groups of a chunk of prompts."""
+    """Rolls out and scores the groups of a chunk of prompts.
+
+    `rollout.custom.tokenizer` names the tokenizer artifact. `rollout.custom.log` may name a file that gets
+    one JSON line per batch, whatever the trainer: the statistics of its full groups, and a hash of them.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         tq.init()
-        self.catalogue = Catalogue.load((self.rollout_config.custom or {})["tokenizer"])
+        custom = self.rollout_config.custom or {}
+        self.catalogue, self.log = Catalogue.load(custom["tokenizer"]), custom.get("log")
         self.seed = RecastSettings.from_algorithm(self.config.algorithm).seed
         self.background_tasks: set[asyncio.Task] = set()
 
@@ -62,25 +70,44 @@ class GroupLoopWorker(AgentLoopWorker):
         await tq.async_kv_batch_put(keys=uids, partition_id=partition, tags=[tag] * len(uids))
 
     async def _roll_out(self, rows: list[dict[str, Any]], *, validate: bool, partition: str) -> None:
-        config = self.rollout_config
-        num_rollouts = config.val_kwargs.n if validate else config.n
         prompts = [self._encode(row["raw_prompt"]) for row in rows]
+        out = await self._answers(rows, prompts, validate=validate)
+        hits_BG, scores_BG, valid_BG = self._score(rows, out["codes_BGL"])
+        keys, fields, tags = self._records(rows, prompts, out, hits_BG, scores_BG, valid_BG)
+        await tq.async_kv_batch_put(
+            keys=keys, fields=list_of_dict_to_tensordict(fields), tags=tags, partition_id=partition
+        )
+        if self.log:
+            present_BG = (out["codes_BGL"] >= 0).all(axis=-1)
+            line = {
+                "step": int(rows[0]["global_steps"]),
+                "partition": partition,
+                "prompts": len(rows),
+                "rollouts": len(fields),
+                "invalid_rollouts": int((present_BG & ~valid_BG).sum()),
+                **group_statistics(hits_BG, scores_BG, out["codes_BGL"], valid_BG, present_BG),
+                "sha256": _digest(fields),
+            }
+            with open(self.log, "a", encoding="utf-8") as log:
+                log.write(json.dumps(line) + "\n")
+
+    async def _answers(
+        self, rows: list[dict[str, Any]], prompts: list[list[int]], *, validate: bool
+    ) -> dict[str, Any]:
+        """`codes_BGL`, `log_probs_BGL` and the weights' `global_steps`, from the rollout server."""
+        config = self.rollout_config
         server_id, server = await self.llm_client._acquire_server(str(rows[0]["uid"]))
         try:
-            out = await server.generate_groups.remote(
+            return await server.generate_groups.remote(
                 prompts,
                 [int(row["index"]) for row in rows],
-                num_rollouts,
+                config.val_kwargs.n if validate else config.n,
                 step=int(rows[0]["global_steps"]),
                 seed=self.seed,
                 temperature=float(config.val_kwargs.temperature if validate else config.temperature),
             )
         finally:
             self.llm_client._release_server(server_id, str(rows[0]["uid"]))
-        keys, fields, tags = self._records(rows, prompts, out)
-        await tq.async_kv_batch_put(
-            keys=keys, fields=list_of_dict_to_tensordict(fields), tags=tags, partition_id=partition
-        )
 
     def _encode(self, messages: Any) -> list[int]:
         """Prompt token ids; never silently truncated, since a cut prompt no longer starts with an item."""
@@ -110,11 +137,16 @@ class GroupLoopWorker(AgentLoopWorker):
         return hits_BG, scores_BG, valid_BG
 
     def _records(
-        self, rows: list[dict[str, Any]], prompts: list[list[int]], out: dict[str, Any]
+        self,
+        rows: list[dict[str, Any]],
+        prompts: list[list[int]],
+        out: dict[str, Any],
+        hits_BG: np.ndarray,
+        scores_BG: np.ndarray,
+        valid_BG: np.ndarray,
     ) -> tuple[list[str], list[dict[str, Any]], list[dict[str, Any]]]:
         """TransferQueue keys, fields and tags of every rollout; a missing beam (-1) leaves no record."""
         codes_BGL, log_probs_BGL = out["codes_BGL"], out["log_probs_BGL"]
-        hits_BG, scores_BG, valid_BG = self._score(rows, codes_BGL)
         tokens_BGL = torch.from_numpy(self.catalogue.token_ids(codes_BGL))
         keys, fields, tags = [], [], []
         for b, g in np.argwhere((codes_BGL >= 0).all(axis=-1)).tolist():
@@ -170,6 +202,15 @@ def _tag(record: dict[str, Any], step: int, weights_step: int) -> dict[str, Any]
         "min_global_steps": weights_step,
         "max_global_steps": weights_step,
     }
+
+
+def _digest(fields: list[dict[str, Any]]) -> str:
+    """Hash of the rollouts as they were stored: row, rollout number, tokens and reward, in that order."""
+    rows = sorted(
+        (int(f["index"]), int(f["session_id"]), f["input_ids"].tolist(), f["rm_scores"].tolist())
+        for f in fields
+    )
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 class GroupLoopManager(AgentLoopManagerTQ):
