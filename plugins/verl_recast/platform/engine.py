@@ -9,15 +9,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from verl.utils import torch_functional
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp import transformer_impl
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from verl_recast.platform import measure, micro_batches
+from verl_recast.platform.log_probs import log_probs_from_logits
 
-# In a process on the CPU platform this is the only engine, and the name is looked up at each call.
+# Both names are looked up at each call, and in a process on the CPU platform this is the only engine.
 transformer_impl.prepare_micro_batches = micro_batches.prepare  # type: ignore[assignment]
+torch_functional.logprobs_from_logits_v2 = log_probs_from_logits
 
 
 @EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cpu")

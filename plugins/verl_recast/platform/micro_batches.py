@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 from verl.workers.engine import utils
 
 # What one more forward and backward call costs beside its tokens, as tokens of a 1 M parameter model (about
 # 10 ms of dispatch on two cores). Larger models weigh it less, and want fewer tokens per call anyway.
-CALL_TOKENS = 128
+CALL_TOKENS = 256
 
 
 def by_length(lengths_N: np.ndarray, max_tokens: int, call_tokens: int = CALL_TOKENS) -> list[np.ndarray]:
@@ -60,16 +61,33 @@ def by_length(lengths_N: np.ndarray, max_tokens: int, call_tokens: int = CALL_TO
     return parts
 
 
-def prepare(data: Any, dp_group: Any = None, **_: Any) -> tuple[list[Any], list[list[int]] | None]:
+def prepare(data: TensorDict, dp_group: Any = None, **_: Any) -> tuple[list[Any], list[list[int]] | None]:
     """`verl.workers.engine.utils.prepare_micro_batches` for padded rows; same arguments and result."""
     if not tu.get_non_tensor_data(data=data, key="use_dynamic_bsz", default=True):
         return utils.prepare_micro_batches(data, dp_group)
     lengths = data["input_ids"].offsets().diff().numpy()
     parts = by_length(lengths, int(data["max_token_len_per_gpu"]))
     parts = _equal_count(parts, dp_group)
-    return [tu.index_select_tensor_dict(data, torch.from_numpy(rows)) for rows in parts], [
-        rows.tolist() for rows in parts
-    ]
+    return _select(data, parts), [rows.tolist() for rows in parts]
+
+
+def _select(data: TensorDict, parts: list[np.ndarray]) -> list[TensorDict]:
+    """Rows of a batch, part by part; a jagged column is taken apart once and not once for each part."""
+    apart = {
+        name: column.unbind()
+        for name, column in data.items()
+        if isinstance(column, torch.Tensor) and column.is_nested
+    }
+    rest = data.exclude(*apart)
+    selected = []
+    for rows in parts:
+        part = tu.index_select_tensor_dict(rest, torch.from_numpy(rows))
+        for name, column in apart.items():
+            part[name] = tu.nested_tensor_from_tensor_list(
+                [column[row] for row in rows], ragged_idx=data[name]._ragged_idx
+            )
+        selected.append(part)
+    return selected
 
 
 def _equal_count(parts: list[np.ndarray], dp_group: Any) -> list[np.ndarray]:
