@@ -15,7 +15,7 @@ class ItemSFTDataset(MultiTurnSFTDataset):
     """Use with `data.custom_cls.path=pkg://verl_recast.sft_dataset data.custom_cls.name=ItemSFTDataset`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._tokens: dict[tuple[str, str, bool], Any] = {}
+        self._tokens: dict[tuple[str, str, bool, bool | None], Any] = {}
         self._checked = False
         super().__init__(*args, **kwargs)
 
@@ -27,11 +27,14 @@ class ItemSFTDataset(MultiTurnSFTDataset):
         tools: list[dict[str, Any]] | None = None,
         enable_thinking: bool | None = None,
     ) -> Any:
-        if tools is not None or enable_thinking is not None:
+        if tools is not None:
             return super()._process_single_message(index, message, full_message, tools, enable_thinking)
-        key = (message["role"], message["content"], index == 0)  # the first message keeps a system prompt
+        # The first message keeps a system prompt.
+        key = (message["role"], message["content"], index == 0, enable_thinking)
         if key not in self._tokens:
-            self._tokens[key] = super()._process_single_message(index, message, full_message)
+            self._tokens[key] = super()._process_single_message(
+                index, message, full_message, enable_thinking=enable_thinking
+            )
         input_ids, loss_mask, attention_mask, inputs = self._tokens[key]
         return input_ids, loss_mask, attention_mask, dict(inputs)
 

@@ -37,10 +37,21 @@ def assert_equal_rows(ours: ItemSFTDataset, stock: MultiTurnSFTDataset) -> None:
                 assert torch.equal(found[name], tensor), (i, name)
 
 
+# verl 0.9.1's own default is the text "none", which it takes for True.
+@pytest.mark.parametrize("thinking", [{}, {"enable_thinking_default": "none"}])
 @pytest.mark.parametrize("pad_mode", ["no_padding", "right"])
-def test_equals_verls_own_dataset_on_the_warm_starts_windows(tokenizer_folder: Path, pad_mode: str) -> None:
-    ours, stock = both(tokenizer_folder, tokenizer_folder / "verl" / "sft.parquet", pad_mode=pad_mode)
+def test_equals_verls_own_dataset_on_the_warm_starts_windows(
+    tokenizer_folder: Path, pad_mode: str, thinking: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parquet = tokenizer_folder / "verl" / "sft.parquet"
+    ours, stock = both(tokenizer_folder, parquet, pad_mode=pad_mode, **thinking)
     assert_equal_rows(ours, stock)
+
+    def fail(*_: Any, **__: Any) -> None:
+        pytest.fail("an item that was read before is tokenised again")
+
+    monkeypatch.setattr(ours.tokenizer, "apply_chat_template", fail)
+    assert len(ours[0]["input_ids"]) > 0
 
 
 def test_learns_codes_and_end_of_learned_items_and_nothing_of_context(
