@@ -4,6 +4,10 @@ On the synthetic generator, with RL rows that SFT has not seen: an early warm st
 same number of updates on the same prompts. Reported per arm: change of the target's mean log-prob and of
 NDCG@10 on validation against the warm start, over all users and seeds, with a paired bootstrap interval.
 
+The log-prob is split in two, since rollouts are drawn from the policy renormalised over the trie while the
+actor trains the full-vocabulary policy: `catalogue_mass`, the log of the probability that an answer names any
+item at all, and `log_prob_in_catalogue`, the target's log-prob among the items.
+
     python benchmarks/learning.py --out runs/learning --seeds 0 1 2
 
 A finished part is reused, so that an interrupted study goes on where it stopped.
@@ -27,12 +31,14 @@ from recast_cli.data.prepare import Params, prepare
 from recast_cli.data.prompts import CHAT_TEMPLATE
 from recast_cli.data.render import render
 from recast_cli.evaluation.evaluate import evaluate_model
+from recast_cli.evaluation.recommender import Recommender
 from recast_cli.provenance import versions
 from recast_cli.recipe import Recipe
 from recast_cli.tokenizer.build import TokenizerParams, build
 from recast_cli.training import run, warm_start
 from recast_cli.training.inputs import Inputs
 
+METRICS = ("target_log_prob", "ndcg@10", "catalogue_mass", "log_prob_in_catalogue")
 # Arm -> the recipe's method section.
 ARMS: dict[str, dict[str, Any]] = {
     "grpo": {"name": "grpo"},
@@ -79,13 +85,35 @@ def recipe_for(
 
 
 def users_of(model: Path, data: Path, tokenizer: Path, cache: Path) -> pl.DataFrame:
-    """Target log-prob and NDCG@10 (history removed) of every validation user."""
+    """`METRICS` of every validation user; NDCG@10 with the history removed."""
     if not cache.exists():
-        evaluate_model(model, tokenizer, data, "validation").users.write_parquet(cache)
+        users = evaluate_model(model, tokenizer, data, "validation", modes=("history_removed",)).users
+        masses = catalogue_masses(model, data, tokenizer)
+        users.join(masses, on="index", how="left", validate="1:1").write_parquet(cache)
     users = pl.read_parquet(cache).sort("index")
     rank = pl.col("rank_removed").cast(pl.Float64)
-    gain = pl.when(rank <= 10).then(1 / (rank + 1).log(2)).otherwise(0.0).fill_null(0.0)
-    return users.select("index", "target_log_prob", gain.alias("ndcg@10"))
+    return users.select(
+        "index",
+        "target_log_prob",
+        "catalogue_mass",
+        log_prob_in_catalogue=pl.col("target_log_prob") - pl.col("catalogue_mass"),
+        **{"ndcg@10": pl.when(rank <= 10).then(1 / (rank + 1).log(2)).otherwise(0.0).fill_null(0.0)},
+    )
+
+
+def catalogue_masses(model: Path, data: Path, tokenizer: Path) -> pl.DataFrame:
+    """Log of the summed probability of all items, per validation user: beams as wide as the catalogue."""
+    recommender = Recommender.load(model, tokenizer, data)
+    rows = pl.read_parquet(tokenizer / "verl" / "validation.parquet", columns=["prompt", "extra_info"])
+    index = rows["extra_info"].struct.field("index")
+    prompts, width = recommender.encode(rows["prompt"].to_list()), len(recommender.row_of_sid)
+    scores = np.concatenate(
+        [
+            recommender.rank(prompts[start : start + 256], width).scores_BW
+            for start in range(0, len(rows), 256)
+        ]
+    )
+    return pl.DataFrame({"index": index, "catalogue_mass": np.logaddexp.reduce(scores, axis=1)})
 
 
 def run_seed(out: Path, seed: int, arms: list[str], options: dict[str, Any]) -> dict[str, pl.DataFrame]:
@@ -120,7 +148,7 @@ def differences(found: list[dict[str, pl.DataFrame]]) -> dict[str, dict[str, lis
         if arm == "warm start":
             continue
         result[arm] = {}
-        for metric in ("target_log_prob", "ndcg@10"):
+        for metric in METRICS:
             before = np.concatenate([tables["warm start"][metric].to_numpy() for tables in found])
             after = np.concatenate([tables[arm][metric].to_numpy() for tables in found])
             interval = paired_bootstrap(before, after, seed=0)
@@ -137,13 +165,13 @@ def study(out: Path, seeds: list[int], arms: list[str], options: dict[str, Any])
         "options": options,
         "warm_start": {
             metric: [float(table[metric].mean()) for table in start]  # type: ignore[arg-type]
-            for metric in ("target_log_prob", "ndcg@10")
+            for metric in METRICS
         },
         "difference": differences(found),
         "per_seed": {
             arm: {
                 metric: [float((t[arm][metric] - t["warm start"][metric]).mean()) for t in found]  # type: ignore[arg-type]
-                for metric in ("target_log_prob", "ndcg@10")
+                for metric in METRICS
             }
             for arm in arms
         },

@@ -83,6 +83,25 @@ def check_config(config: Any) -> None:
     require(
         batch % prompts == 0, "data.train_batch_size", batch, f"a multiple of ppo_mini_batch_size={prompts}"
     )
+    worker = config.actor_rollout_ref
+    kept = prompts * KEPT_PER_GROUP // (config.trainer.n_gpus_per_node * config.trainer.nnodes)
+    for name, dynamic, size in (
+        ("actor.ppo", actor.use_dynamic_bsz, actor.ppo_micro_batch_size_per_gpu),
+        *(
+            (
+                f"{part}.log_prob",
+                worker[part].log_prob_use_dynamic_bsz,
+                worker[part].log_prob_micro_batch_size_per_gpu,
+            )
+            for part in ("rollout", "ref")
+        ),
+    ):
+        require(
+            dynamic or not size or kept % size == 0,
+            f"{name}_micro_batch_size_per_gpu",
+            size,
+            f"a divisor of {kept}, the rows that a mini-batch keeps on each rank (or dynamic micro-batches)",
+        )
     require(not actor.shuffle, "actor.shuffle", True, "False (mini-batches are laid out by prompt)")
     RecastSettings.from_algorithm(algorithm)
 
@@ -126,7 +145,7 @@ class PPOTrainerRecast(PPOTrainerSync):
         trainable = np.flatnonzero(selection.trainable_B)
         self.no_signal = len(trainable) == 0
         if self.no_signal:
-            # verl's bookkeeping needs rows: forward one pair, with advantages set to zero further down.
+            # verl's bookkeeping needs rows: forward one pair, which `_update_actor` then leaves alone.
             logger.warning("step %d: no group has both a positive and a negative", self.global_steps)
             b = int(groups.present_BG.sum(axis=1).argmax())
             rows_B2 = {b: groups.rows_BG[b][groups.present_BG[b]][:KEPT_PER_GROUP].tolist()}
@@ -187,7 +206,7 @@ class PPOTrainerRecast(PPOTrainerSync):
                 small, len(rows) + num_padding, self.tokenizer.eos_token_id
             )
         small.reorder(order)
-        metrics["signal/kept_samples"] = len(rows)
+        metrics["signal/kept_samples"] = 0 if self.no_signal else len(rows)
         metrics["signal/padding_samples"] = num_padding
         metrics["signal/kept_tokens"] = int(np.sum([batch.tags[row]["seq_len"] for row in rows]))
         return small
@@ -213,22 +232,14 @@ class PPOTrainerRecast(PPOTrainerSync):
         metrics.update(calculate_debug_metrics(DataProto(batch=data.to_padded_tensor())))
         return batch
 
-    def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        batch = super()._compute_advantage(batch, metrics)
-        if self.no_signal:
-            data = tq.kv_batch_get(batch.keys, batch.partition_id, select_fields=["advantages", "returns"])
-            zeros = TensorDict(
-                {name: data[name] * 0 for name in ("advantages", "returns")}, batch_size=len(batch)
-            )
-            batch = tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=zeros)
-        return batch
-
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """One call with one size: the kept rows of a mini-batch of prompts.
 
         `global_batch_size` stays at the full group size, so that `seq-mean-*` losses of the reduced
-        mini-batch equal those of the full one with zero advantages.
+        mini-batch equal those of the full one with zero advantages. A step without any signal is no update.
         """
+        if self.no_signal:
+            return batch
         actor = self.config.actor_rollout_ref.actor
         batch.extra_info.update(
             {

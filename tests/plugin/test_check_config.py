@@ -16,6 +16,7 @@ GOOD = (
     "actor_rollout_ref.rollout.n=4",
     "data.train_batch_size=8",
     "actor_rollout_ref.actor.ppo_mini_batch_size=4",
+    "trainer.n_gpus_per_node=1",
 )
 
 
@@ -28,6 +29,9 @@ def config(*overrides: str) -> DictConfig:
 def test_accepts_a_config_that_it_is_made_for() -> None:
     check_config(config())
     check_config(config("+algorithm.recast.w_negative=0", "actor_rollout_ref.rollout.n=2"))
+    micro = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
+    check_config(config(f"{micro}=4"))
+    check_config(config(f"{micro}=3", "actor_rollout_ref.actor.use_dynamic_bsz=True"))
 
 
 @pytest.mark.parametrize(
@@ -50,6 +54,15 @@ def test_accepts_a_config_that_it_is_made_for() -> None:
             "data.train_batch_size=6",
             "data.train_batch_size is 6, needs a multiple of ppo_mini_batch_size=4",
         ),
+        (
+            "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=3",
+            "actor.ppo_micro_batch_size_per_gpu is 3, needs a divisor of 8, the rows",
+        ),
+        (
+            "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=16",
+            "ref.log_prob_micro_batch_size_per_gpu is 16, needs a divisor of 8, the rows",
+        ),
+        ("critic.enable=True", "critic.enable is True, needs False or null"),
         ("actor_rollout_ref.actor.shuffle=True", "actor.shuffle is True, needs False"),
         ("+algorithm.recast.w=1", "algorithm.recast has unknown key 'w'"),
         ("+algorithm.recast.w_negative=-1", "algorithm.recast.w_negative is -1, needs a number >= 0"),

@@ -118,6 +118,11 @@ def test_new_weights_decide_the_next_answers(tokenizer_folder: Path, prompts: li
     assert not np.array_equal(second["codes_BGL"], first["codes_BGL"])
     for name, tensor in server.model.state_dict().items():
         assert torch.equal(tensor, new[name]), name
+    with pytest.raises(RuntimeError, match=rf"{len(names) - 6} parameters did not arrive, .* '{names[6]}'"):
+        server.update_weights(
+            {name: new[name] for name in names[:6]}, 6, True
+        )  # one of them the head, which is tied
+    assert server.global_steps == 5
     with pytest.raises(KeyError, match=r"no parameter 'model\.extra'"):
         server.update_weights({"model.extra": torch.zeros(1)}, 6, True)
 

@@ -4,6 +4,7 @@ replica."""
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,13 +34,15 @@ class SIDServer:
             torch.set_num_threads(threads)
         self.config = config
         self.device = torch.device(device)
-        self.catalogue = Catalogue.load(config.custom["tokenizer"])
+        catalogue = Catalogue.load(config.custom["tokenizer"])
+        self.catalogue = replace(catalogue, trie=catalogue.trie.to(self.device))
         model = AutoModelForCausalLM.from_config(
             model_config.hf_config, dtype=PrecisionType.to_dtype(config.dtype), attn_implementation="sdpa"
         )
         self.model = model.to(self.device).eval()
         self.token_budget = int(config.custom.get("token_budget", decoding.TOKEN_BUDGET))
         self.global_steps: int | None = None  # None until the first weights arrive
+        self._arrived: set[str] = set()  # parameters of the update that is under way
 
     # -- generation --------------------------------------------------------------------------------------
 
@@ -121,7 +124,12 @@ class SIDServer:
     # -- weights -----------------------------------------------------------------------------------------
 
     def update_weights(self, weights: dict[str, torch.Tensor], global_steps: int | None, last: bool) -> None:
-        """Load one bucket of named tensors; the step counts once the last one is in."""
+        """Load one bucket of named tensors; the step counts once the last one is in.
+
+        Raises:
+            KeyError: a tensor that the model does not have.
+            RuntimeError: the last bucket is in and a parameter never came: answers would mix two policies.
+        """
         state = self.model.state_dict()
         unknown = [name for name in weights if name not in state]
         if unknown:
@@ -129,7 +137,12 @@ class SIDServer:
         with torch.no_grad():
             for name, tensor in weights.items():
                 state[name].copy_(tensor)
+        self._arrived |= weights.keys()
         if last:
+            needed = {name for name, _ in self.model.named_parameters()}  # a tied head counts once
+            missing, self._arrived = sorted(needed - self._arrived), set()
+            if missing:
+                raise RuntimeError(f"{len(missing)} parameters did not arrive, the first is {missing[0]!r}")
             self.global_steps = -1 if global_steps is None else global_steps
 
     # -- life cycle: verl calls these; there is no cache to free between calls ---------------------------
