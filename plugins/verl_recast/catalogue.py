@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import polars as pl
 from recast_cli.artifacts import load_manifest
 from recast_cli.core.spelling import parse
 from recast_cli.core.trie import Trie
+from recast_cli.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Catalogue:
         """Read a tokenizer artifact (`recast build-tokenizer`)."""
         folder = Path(folder)
         load_manifest(folder, "tokenizer")
-        vocabulary = json.loads((folder / "vocabulary.json").read_text(encoding="utf-8"))
+        vocabulary = Vocabulary.load(folder / "vocabulary.json")
         sids = pl.read_parquet(folder / "semantic_ids.parquet", columns=["sid"])["sid"].to_list()
         return cls(
             trie=Trie.load(folder / "trie.npz"),
-            level_offsets=tuple(vocabulary["level_offsets"]),
-            pad_token_id=int(vocabulary["pad"]),
+            level_offsets=vocabulary.level_offsets,
+            pad_token_id=vocabulary.pad,
             members=frozenset(parse(sid) for sid in sids),
         )
 

@@ -19,10 +19,10 @@ from recast_cli.core import ranking
 from recast_cli.core.ranking import Interval, Targets
 from recast_cli.errors import ArtifactError, RecipeError
 from recast_cli.evaluation.baselines import BASELINES, ranked_lists
-from recast_cli.evaluation.loading import model_facts
 from recast_cli.evaluation.recommender import Recommender
 from recast_cli.evaluation.results import MODES, Evaluation
 from recast_cli.evaluation.split import Split, load_split
+from recast_cli.models import model_facts
 from recast_cli.provenance import versions
 
 CUTOFFS = (1, 5, 10, 20, 50)

@@ -1,14 +1,11 @@
-"""Reading what an evaluation stands on: the catalogue's spelling and the model, each checked."""
+"""Reading what an evaluation stands on: the catalogue's spelling, checked."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import polars as pl
-import torch
 
-from recast_cli.artifacts import file_sha256
 from recast_cli.errors import ArtifactError
 
 
@@ -32,53 +29,3 @@ def read_catalogue(tokenizer_dir: Path, data_dir: Path) -> dict[str, int]:
             "rerun `recast build-tokenizer`",
         )
     return row_of_sid
-
-
-def load_model(model_dir: Path, vocab_size: int, device: str) -> Any:
-    """Load a causal LM for reading.
-
-    Raises:
-        ArtifactError: no model there, or fewer embedding rows than the tokenizer has tokens.
-    """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    hint = "--model takes a Hugging Face folder with config.json and safetensors"
-    if not (model_dir / "config.json").is_file():
-        raise ArtifactError(f"no model in {model_dir} (config.json not found)", hint)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        # float32 on the CPU, where half precision is slow; the stored type elsewhere.
-        dtype = torch.float32 if device == "cpu" else "auto"
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
-        model, info = loaded
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as exc:
-        raise ArtifactError(
-            f"{model_dir} cannot be loaded: {' '.join(str(exc).split())[:300]}", hint
-        ) from exc
-    finally:
-        logging.set_verbosity(verbosity)
-    if missing := sorted(info["missing_keys"]):  # transformers draws them at random
-        raise ArtifactError(f"{model_dir} lacks weights: {', '.join(missing[:3])}", hint)
-    rows = model.get_input_embeddings().weight.shape[0]
-    if rows < vocab_size:
-        raise ArtifactError(
-            f"model {model_dir} has {rows} embedding rows, the tokenizer has {vocab_size} tokens",
-            "name a model trained with this tokenizer",
-        )
-    return model.to(device).eval()
-
-
-def model_facts(model_dir: Path, model: Any) -> dict[str, Any]:
-    """What identifies a model: parameters and the hash of its weight files."""
-    weights = sorted([*model_dir.glob("*.safetensors"), *model_dir.glob("pytorch_model*.bin")])
-    return {
-        "architecture": type(model).__name__,
-        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "sha256": {path.name: file_sha256(path) for path in weights},
-    }

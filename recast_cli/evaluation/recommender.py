@@ -5,7 +5,6 @@ Shapes: B prompts, W beams, L levels, N items.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,9 @@ from recast_cli.artifacts import load_manifest, require_parent
 from recast_cli.core.decoding import beam_search
 from recast_cli.core.trie import Trie
 from recast_cli.errors import ArtifactError
-from recast_cli.evaluation.loading import load_model, read_catalogue
+from recast_cli.evaluation.loading import read_catalogue
+from recast_cli.models import load_model
+from recast_cli.vocabulary import Vocabulary
 
 Conversation = Sequence[dict[str, str]]
 
@@ -89,7 +90,7 @@ class Recommender:
 
         manifest = load_manifest(tokenizer_dir, "tokenizer")
         require_parent(manifest, load_manifest(data_dir, "dataset"), tokenizer_dir, data_dir)
-        vocabulary = json.loads((tokenizer_dir / "vocabulary.json").read_text(encoding="utf-8"))
+        vocabulary = Vocabulary.load(tokenizer_dir / "vocabulary.json")
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir / "model", local_files_only=True)
         row_of_sid = read_catalogue(tokenizer_dir, data_dir)
         try:
@@ -102,18 +103,18 @@ class Recommender:
                 "rerun `recast build-tokenizer`",
             )
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = load_model(model_dir, vocabulary["vocab_size"], device)
+        model = load_model(model_dir, vocabulary.vocab_size, device)
         texts = [
             tuple(tokenizer.convert_ids_to_tokens(list(range(offset, offset + size))))
-            for offset, size in zip(vocabulary["level_offsets"], vocabulary["codebook_sizes"], strict=True)
+            for offset, size in zip(vocabulary.level_offsets, vocabulary.codebook_sizes, strict=True)
         ]
-        enclosing = list(tokenizer.convert_ids_to_tokens([vocabulary["sid_begin"], vocabulary["sid_end"]]))
+        enclosing = list(tokenizer.convert_ids_to_tokens([vocabulary.sid_begin, vocabulary.sid_end]))
         return cls(
             model=model,
             tokenizer=tokenizer,
             trie=trie.to(device),
-            level_offsets=tuple(vocabulary["level_offsets"]),
-            pad=vocabulary["pad"],
+            level_offsets=vocabulary.level_offsets,
+            pad=vocabulary.pad,
             row_of_sid=row_of_sid,
             sid_begin=enclosing[0],
             sid_end=enclosing[1],

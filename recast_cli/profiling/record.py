@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +12,8 @@ import torch
 from recast_cli.core import decoding
 from recast_cli.core.seeding import uniforms
 from recast_cli.core.trie import Trie
-from recast_cli.errors import ArtifactError
+from recast_cli.models import load_model
+from recast_cli.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,9 @@ def record(
     """
     from transformers import AutoTokenizer
 
-    model, tokenizer = (
-        _load(model_dir, device),
-        AutoTokenizer.from_pretrained(model_dir, local_files_only=True),
-    )
-    vocabulary = json.loads((tokenizer_dir / "vocabulary.json").read_text(encoding="utf-8"))
+    vocabulary = Vocabulary.load(tokenizer_dir / "vocabulary.json")
+    model = load_model(model_dir, vocabulary.vocab_size, device)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
     table = rows.select(["prompt", "extra_info"]).to_pylist()
     texts = [
         tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
@@ -65,15 +62,15 @@ def record(
     ]
     prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     index_B = np.array([row["extra_info"]["index"] for row in table])
-    draws_BGL = uniforms(seed, 0, index_B, group_size, vocabulary["num_levels"])
+    draws_BGL = uniforms(seed, 0, index_B, group_size, vocabulary.num_levels)
     samples = decoding.sample(
         model,
         Trie.load(tokenizer_dir / "trie.npz"),
-        vocabulary["level_offsets"],
+        vocabulary.level_offsets,
         prompts,
         torch.from_numpy(draws_BGL),
         temperature=temperature,
-        pad_token_id=vocabulary["pad"],
+        pad_token_id=vocabulary.pad,
     )
     np.savez(
         path,
@@ -83,17 +80,3 @@ def record(
     )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Recording(path, [len(prompt) for prompt in prompts], parameters)
-
-
-def _load(model_dir: Path, device: str) -> Any:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    if not (model_dir / "config.json").is_file():
-        raise ArtifactError(f"no model in {model_dir} (config.json not found)", "name a Hugging Face folder")
-    logging.disable_progress_bar()
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16  # as the rollout server
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        model_dir, dtype=dtype, attn_implementation="sdpa", local_files_only=True
-    )
-    return model.to(device).eval()

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from recast_cli.errors import ArtifactError
 from recast_cli.tokenizer.embed import quiet_loading
-from recast_cli.tokenizer.vocabulary import Vocabulary, add_semantic_ids
+from recast_cli.tokenizer.vocabulary import add_semantic_ids
+from recast_cli.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,7 @@ from recast_cli.core.spelling import parse
 from recast_cli.core.trie import Trie
 from recast_cli.errors import ArtifactError, RecastError, RecipeError
 from recast_cli.tokenizer.build import TokenizerParams, build
-from recast_cli.tokenizer.vocabulary import Vocabulary
+from recast_cli.vocabulary import Vocabulary
 
 
 def test_every_item_has_its_own_semantic_id_in_item_order(built: tuple[Path, Path]) -> None:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from recast_cli.core.spelling import code_token, parse, spell
 from recast_cli.errors import ArtifactError
 from recast_cli.tokenizer.model import bare_tokenizer
-from recast_cli.tokenizer.vocabulary import Vocabulary, add_semantic_ids
+from recast_cli.tokenizer.vocabulary import add_semantic_ids
+from recast_cli.vocabulary import Vocabulary
 
 
 def test_spelling_is_openonerecs() -> None:

@@ -1,0 +1,55 @@
+"""Which token id each code of a semantic ID has: vocabulary.json of a tokenizer artifact."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from recast_cli.errors import ArtifactError
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Token ids. Code k of level l is token `level_offsets[l] + k`.
+
+    Attributes:
+        sid_begin, sid_end, pad: ids.
+        level_offsets: id of code 0 of each level.
+        codebook_sizes: K of each level.
+        num_levels: L.
+        vocab_size: number of real ids (`len(tokenizer)`).
+        embedding_rows: rows of the model's embedding; more than `vocab_size` where the base model pads its
+            vocabulary. Ids from `vocab_size` on are no tokens and must never be sampled.
+    """
+
+    sid_begin: int
+    sid_end: int
+    pad: int
+    level_offsets: tuple[int, ...]
+    codebook_sizes: tuple[int, ...]
+    num_levels: int
+    vocab_size: int
+    embedding_rows: int
+
+    def to_json(self) -> str:
+        """Text of vocabulary.json."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def load(cls, path: Path) -> Vocabulary:
+        """Read vocabulary.json.
+
+        Raises:
+            ArtifactError: missing, or not what this version writes.
+        """
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            found["level_offsets"] = tuple(found["level_offsets"])
+            found["codebook_sizes"] = tuple(found["codebook_sizes"])
+            return cls(**found)
+        except (OSError, ValueError, KeyError, TypeError) as exc:
+            raise ArtifactError(
+                f"{path} is not a vocabulary: {exc}", "rerun `recast build-tokenizer`"
+            ) from exc
