@@ -77,6 +77,7 @@ def recipe_for(
             "out": str(out / arm.replace(" ", "-").replace("=", "")),
             "seed": seed,
             "device": "cpu",
+            "threads": 1,
             "warm_start": {"out": str(out / "warm_start"), **options["warm_start"]},
             "rl": options["rl"],
             "method": ARMS[arm],
@@ -183,11 +184,14 @@ def study(out: Path, seeds: list[int], arms: list[str], options: dict[str, Any])
     }
 
 
-def default_options(steps: int, learning_rate: float) -> dict[str, Any]:
+def options_of(
+    *, users: int = 2000, items: int = 200, epochs: int = 3, steps: int = 60, learning_rate: float = 1e-4
+) -> dict[str, Any]:
+    """Sizes of a study; `epochs` are the warm start's, few on purpose."""
     return {
-        "users": 2000,
-        "items": 200,
-        "warm_start": {"epochs": 1, "batch_size": 64, "learning_rate": 1e-3},
+        "users": users,
+        "items": items,
+        "warm_start": {"epochs": epochs, "batch_size": 32, "learning_rate": 2e-3},
         "rl": {
             "steps": steps,
             "prompts_per_step": 32,
@@ -205,10 +209,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/learning"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--steps", type=int, default=60)
+    for name, default in (("users", 2000), ("items", 200), ("epochs", 3), ("steps", 60)):
+        parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     arguments = parser.parse_args()
-    options = default_options(arguments.steps, arguments.learning_rate)
+    names = ("users", "items", "epochs", "steps", "learning_rate")
+    options = options_of(**{name: getattr(arguments, name) for name in names})
     result = study(arguments.out, arguments.seeds, arguments.arms, options)
     atomic_text(arguments.out / "learning.json", json.dumps(result, indent=2) + "\n")
     for arm, metrics in result["difference"].items():
