@@ -34,6 +34,17 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def weights_sha256(model: Path) -> dict[str, str]:
+    """File name -> hash of the weights of a Hugging Face folder: what identifies a model."""
+    weights = sorted([*model.glob("*.safetensors"), *model.glob("pytorch_model*.bin")])
+    return {path.name: file_sha256(path) for path in weights}
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """A file of one JSON document a line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def _fsync_dir(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -121,7 +132,7 @@ def atomic_text(path: Path, text: str) -> None:
 
 
 def write_manifest(
-    folder: Path, kind: str, *, parents: dict[str, str] | None = None, **facts: Any
+    folder: Path, kind: str, *, parents: dict[str, str] | None = None, leave_out: str = "", **facts: Any
 ) -> dict[str, Any]:
     """Write `manifest.json` over every file now in `folder` and return it.
 
@@ -129,12 +140,13 @@ def write_manifest(
         folder: The scratch folder of an artifact, complete but for its manifest.
         kind: `dataset`, `tokenizer`, `run`, ...
         parents: kind -> identity (see `identity`) of each artifact it was built from.
+        leave_out: Name of a subfolder that may be deleted later: its files are not listed.
         facts: Anything JSON: seed, parameters, counts.
     """
     files = {
         path.relative_to(folder).as_posix(): file_sha256(path)
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path.name != MANIFEST and path.relative_to(folder).parts[0] != leave_out
     }
     manifest = {
         "format_version": FORMAT_VERSION,

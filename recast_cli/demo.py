@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from recast_cli.artifacts import read_json_lines
 from recast_cli.core.ranking import Interval, paired_bootstrap
 from recast_cli.recipe import load_recipe
 from recast_cli.training.process import read_metrics
@@ -74,7 +75,7 @@ def commands(layout: Layout, overrides: list[str], profile_options: list[str]) -
     ]
     for recipe in RECIPES.values():
         path, folder = str(layout.recipes / f"{recipe}.yaml"), layout.run / recipe
-        interrupted = (folder / "recipe.yaml").exists() and not (folder / "manifest.json").exists()
+        interrupted = (folder / "command.txt").exists() and not (folder / "manifest.json").exists()
         again = ["--overwrite"] if interrupted else []
         batches.append([["train", path, f"out={folder}", *shared, *again]])
     evaluations = []
@@ -145,7 +146,14 @@ def summarise(layout: Layout) -> dict[str, Any]:
         arm: {phase: values["median"] for phase, values in found["seconds"].items()}
         for arm, found in profile["arms"].items()
     }
-    rollouts = {arm: _read_lines(layout.run / RECIPES[arm] / "rollouts.jsonl") for arm in ROLLED_OUT}
+    rollouts = {
+        arm: [
+            line
+            for line in read_json_lines(layout.run / RECIPES[arm] / "rollouts.jsonl")
+            if line["partition"] == "train"
+        ]
+        for arm in ROLLED_OUT
+    }
     repaired = read_metrics(layout.run / "recast" / "metrics.jsonl")
     after_repair = float(np.mean([record["signal/all_zero_after_repair"] for record in repaired]))
     dataset = _read(layout.dataset / "manifest.json")
@@ -178,10 +186,6 @@ def summarise(layout: Layout) -> dict[str, Any]:
         )
         + sum(line["invalid_rollouts"] for lines in rollouts.values() for line in lines),
     }
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _signal(rollouts: list[dict[str, Any]]) -> dict[str, float]:

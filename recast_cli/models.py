@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from recast_cli.artifacts import file_sha256
+from recast_cli.artifacts import weights_sha256
 from recast_cli.errors import ArtifactError
+
+
+def require_vocabulary(model_dir: Path, vocab_size: int) -> None:
+    """Refuse a model folder whose embedding is smaller than the tokenizer, from its config alone.
+
+    Raises:
+        ArtifactError: no config.json, or fewer rows.
+    """
+    path = model_dir / "config.json"
+    if not path.is_file():
+        raise ArtifactError(f"model {model_dir} has no config.json", "name a Hugging Face folder")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        rows = int(config.get("vocab_size") or config["text_config"]["vocab_size"])
+    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise ArtifactError(f"{path} names no vocab_size: {exc}", "name a Hugging Face folder") from exc
+    if rows < vocab_size:
+        raise ArtifactError(
+            f"model {model_dir} has {rows} embedding rows, the tokenizer has {vocab_size} tokens",
+            "name a model trained with this tokenizer",
+        )
 
 
 def load_model(model_dir: Path, vocab_size: int, device: str) -> Any:
@@ -53,9 +75,8 @@ def load_model(model_dir: Path, vocab_size: int, device: str) -> Any:
 
 def model_facts(model_dir: Path, model: Any) -> dict[str, Any]:
     """What identifies a model: parameters and the hash of its weight files."""
-    weights = sorted([*model_dir.glob("*.safetensors"), *model_dir.glob("pytorch_model*.bin")])
     return {
         "architecture": type(model).__name__,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "sha256": {path.name: file_sha256(path) for path in weights},
+        "sha256": weights_sha256(model_dir),
     }

@@ -43,7 +43,7 @@ class WarmStart(Section):
     learning_rate: Rate = 1e-3
     weight_decay: Weight = 0.1
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    micro_batch_size: Positive = 64
+    max_tokens_per_micro_batch: Positive = 8192
 
 
 class RL(Section):
@@ -108,8 +108,20 @@ class Recipe(Section):
     rl: RL = RL()
     method: Method = Method()
     verl: dict[str, Any] = Field(
-        default_factory=dict, description="further overrides, passed to verl as they are"
+        default_factory=dict, description="further overrides of verl.trainer.main_ppo, passed as they are"
     )
+    verl_sft: dict[str, Any] = Field(
+        default_factory=dict, description="the same for verl.trainer.sft_trainer (warm start, sft-continued)"
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        if self.method.name == "sft" and self.model:
+            raise ValueError(f"method sft is the warm start alone, and model names a start: {self.model}")
+        given = next((key for key in self.verl if key.endswith("ray_init.num_cpus")), None)
+        if given:
+            raise ValueError(f"verl.{given} is {self.verl[given]}: set ray_cpus instead, which is checked")
+        return self
 
     @model_validator(mode="after")
     def _enough_cpus(self) -> Recipe:

@@ -53,7 +53,7 @@ def layout(tmp_path):
     for name, shares in (("recast", (0.5, 1.0)), ("grpo", (0.25, 0.25))):
         names = ("all_zero", "single_hit", "multi_hit", "hit_rate", "mean_score", "invalid", "duplicate")
         lines = [
-            {"rollouts": 8, "invalid_rollouts": number, **dict.fromkeys(names, share)}
+            {"partition": "train", "rollouts": 8, "invalid_rollouts": number, **dict.fromkeys(names, share)}
             for number, share in enumerate(shares)
         ]
         (layout.run / name / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

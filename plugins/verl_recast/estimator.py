@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from recast_cli.core.contrast import pair_advantages
 from verl_recast.settings import RecastSettings
 
 NAME = "recast"
@@ -28,9 +29,12 @@ def recast_advantage(
         Advantages and returns, both of shape (N, T), zero where the mask is zero.
     """
     settings = RecastSettings.from_algorithm(config)
-    hit_N = token_level_rewards.sum(dim=-1) > 0
-    advantage_N = torch.where(hit_N, settings.w_positive, -settings.w_negative).to(token_level_rewards.dtype)
-    advantages = advantage_N[:, None] * response_mask
+    advantage_N = pair_advantages(
+        token_level_rewards.sum(dim=-1).cpu().numpy(),
+        w_positive=settings.w_positive,
+        w_negative=settings.w_negative,
+    )
+    advantages = torch.from_numpy(advantage_N).to(token_level_rewards)[:, None] * response_mask
     return advantages, advantages
 
 

@@ -66,11 +66,8 @@ def gather_groups(batch: KVBatchMeta) -> Groups:
     infos = [fields.get("reward_extra_info", {}) for fields in _plain(data["extra_fields"])]
     index_N = np.array([int(index) for index in _plain(data["index"])])
     members = _group_rows(batch.keys, index_N)
-    if len(members) > 1 and (index_N == index_N[0]).all():
-        raise ValueError(
-            f"all {len(members)} prompts have extra_info.index {index_N[0]}, each row needs its own "
-            "(verl takes 0 where it is missing): add a unique integer column extra_info.index to the data"
-        )
+    targets = [target_texts(entry["ground_truth"]) for entry in _plain(data["reward_model"])]
+    _require_own_index([(int(index_N[rows[0]]), targets[rows[0]]) for rows in members])
     lacking = next((info for info in infos if "structural_score" not in info), None)
     if lacking is not None:
         raise ValueError(
@@ -91,7 +88,6 @@ def gather_groups(batch: KVBatchMeta) -> Groups:
     def spread(values_N: np.ndarray) -> np.ndarray:
         return np.where(present_BG, values_N[rows_BG], 0)
 
-    ground_truths = [entry["ground_truth"] for entry in _plain(data["reward_model"])]
     return Groups(
         rows_BG=rows_BG,
         index_B=index_N[rows_BG[:, 0]],
@@ -100,8 +96,27 @@ def gather_groups(batch: KVBatchMeta) -> Groups:
         rewards_BG=spread(rewards_N),
         scores_BG=spread(np.array([float(info["structural_score"]) for info in infos])),
         tokens_BGL=tokens_BGL,
-        targets=[target_texts(ground_truths[rows[0]]) for rows in members],
+        targets=[targets[rows[0]] for rows in members],
     )
+
+
+def _require_own_index(prompts: list[tuple[int, list[str]]]) -> None:
+    """Two rows with one index would draw alike and break ties alike; a row that comes twice may.
+
+    Args:
+        prompts: (index, targets) of each.
+
+    Raises:
+        ValueError: an index that belongs to different targets.
+    """
+    known: dict[int, list[str]] = {}
+    for index, targets in prompts:
+        if known.setdefault(index, targets) != targets:
+            count = sum(index == other for other, _ in prompts)
+            raise ValueError(
+                f"{count} of {len(prompts)} prompts have extra_info.index {index}, each row needs its own "
+                "(verl takes 0 where it is missing): add a unique integer column extra_info.index to the data"
+            )
 
 
 def _plain(column: Any) -> list[Any]:

@@ -41,69 +41,70 @@ def check_config(config: Any) -> None:
     Raises:
         ValueError: naming the option, the value found and the value needed.
     """
-    algorithm, actor = config.algorithm, config.actor_rollout_ref.actor
-
-    def require(ok: bool, name: str, found: Any, needed: str) -> None:
-        if not ok:
-            raise ValueError(f"trainer_mode=recast: {name} is {found}, needs {needed}")
-
-    require(
+    algorithm, worker = config.algorithm, config.actor_rollout_ref
+    _require(
         algorithm.adv_estimator == estimator.NAME,
         "algorithm.adv_estimator",
         algorithm.adv_estimator,
         estimator.NAME,
     )
-    require(
+    _require(
         not algorithm.use_kl_in_reward, "algorithm.use_kl_in_reward", True, "False (use actor.use_kl_loss)"
     )
     filtered = bool(algorithm.get("filter_groups") and algorithm.filter_groups.enable)
-    require(
-        not filtered, "algorithm.filter_groups.enable", True, "False (it evicts the groups that repair mends)"
-    )
-    correction = algorithm.get("rollout_correction") or {}
-    require(
-        not correction.get("bypass_mode", False),
-        "algorithm.rollout_correction.bypass_mode",
-        True,
-        "False (anchors have no sampling log-prob)",
-    )
-    for name in ("rollout_is", "rollout_rs"):
-        found = correction.get(name)
-        require(
-            found is None, f"algorithm.rollout_correction.{name}", found, "null (anchors were not sampled)"
-        )
-    require(
-        config.actor_rollout_ref.rollout.n >= 2, "rollout.n", config.actor_rollout_ref.rollout.n, "at least 2"
-    )
+    needed = "False (it evicts the groups that repair mends)"
+    _require(not filtered, "algorithm.filter_groups.enable", True, needed)
+    _check_correction(algorithm.get("rollout_correction") or {})
+    _require(worker.rollout.n >= 2, "rollout.n", worker.rollout.n, "at least 2")
     critic = bool(config.critic.get("enable"))
-    require(
-        not critic, "critic.enable", critic, "False or null (advantages come from the pair, not from values)"
-    )
-    prompts, batch = actor.ppo_mini_batch_size, config.data.train_batch_size
-    require(
+    needed = "False or null (advantages come from the pair, not from values)"
+    _require(not critic, "critic.enable", critic, needed)
+    distilled = bool((config.get("distillation") or {}).get("enabled"))
+    _require(not distilled, "distillation.enabled", distilled, "False (this trainer has no such loss)")
+    _check_batches(config)
+    _require(not worker.actor.shuffle, "actor.shuffle", True, "False (mini-batches are laid out by prompt)")
+    RecastSettings.from_algorithm(algorithm)
+
+
+def _require(ok: bool, name: str, found: Any, needed: str) -> None:
+    if not ok:
+        raise ValueError(f"trainer_mode=recast: {name} is {found}, needs {needed}")
+
+
+def _check_correction(correction: Any) -> None:
+    """Corrections from rollout to actor need a sampling log-prob, and anchors have none."""
+    bypass = correction.get("bypass_mode", False)
+    name = "algorithm.rollout_correction"
+    _require(not bypass, f"{name}.bypass_mode", True, "False (anchors have no sampling log-prob)")
+    for key in ("rollout_is", "rollout_rs"):
+        found = correction.get(key)
+        _require(found is None, f"{name}.{key}", found, "null (anchors were not sampled)")
+
+
+def _check_batches(config: Any) -> None:
+    """Prompts divide into mini-batches, and what a mini-batch keeps into ranks and micro-batches."""
+    worker, batch = config.actor_rollout_ref, config.data.train_batch_size
+    actor, prompts = worker.actor, worker.actor.ppo_mini_batch_size
+    _require(
         batch % prompts == 0, "data.train_batch_size", batch, f"a multiple of ppo_mini_batch_size={prompts}"
     )
-    worker = config.actor_rollout_ref
-    kept = prompts * KEPT_PER_GROUP // (config.trainer.n_gpus_per_node * config.trainer.nnodes)
-    for name, dynamic, size in (
-        ("actor.ppo", actor.use_dynamic_bsz, actor.ppo_micro_batch_size_per_gpu),
-        *(
-            (
-                f"{part}.log_prob",
-                worker[part].log_prob_use_dynamic_bsz,
-                worker[part].log_prob_micro_batch_size_per_gpu,
-            )
-            for part in ("rollout", "ref")
-        ),
-    ):
-        require(
-            dynamic or not size or kept % size == 0,
+    ranks, kept = config.trainer.n_gpus_per_node * config.trainer.nnodes, prompts * KEPT_PER_GROUP
+    needed = f"a number whose kept rows ({KEPT_PER_GROUP} a prompt) {ranks} ranks can share"
+    _require(kept % ranks == 0, "actor.ppo_mini_batch_size", prompts, needed)
+    sections = [("actor.ppo", actor.use_dynamic_bsz, actor.ppo_micro_batch_size_per_gpu)]
+    for part in ("rollout", "ref"):
+        section = worker[part]
+        sections.append(
+            (f"{part}.log_prob", section.log_prob_use_dynamic_bsz, section.log_prob_micro_batch_size_per_gpu)
+        )
+    for name, dynamic, size in sections:
+        _require(
+            dynamic or not size or kept // ranks % size == 0,
             f"{name}_micro_batch_size_per_gpu",
             size,
-            f"a divisor of {kept}, the rows that a mini-batch keeps on each rank (or dynamic micro-batches)",
+            f"a divisor of {kept // ranks}, the rows that a mini-batch keeps on each rank "
+            "(or dynamic micro-batches)",
         )
-    require(not actor.shuffle, "actor.shuffle", True, "False (mini-batches are laid out by prompt)")
-    RecastSettings.from_algorithm(algorithm)
 
 
 @register_trainer("recast")
@@ -141,6 +142,7 @@ class PPOTrainerRecast(PPOTrainerSync):
         )
         metrics.update(_signal_metrics(groups, selection, batch))
         self._put_anchors(batch, groups, selection)
+        metrics["signal/all_zero_after_repair"] = self._all_zero_after_repair(batch, groups, selection)
 
         trainable = np.flatnonzero(selection.trainable_B)
         self.no_signal = len(trainable) == 0
@@ -180,6 +182,19 @@ class PPOTrainerRecast(PPOTrainerSync):
         for row, tag in zip(rows, tags, strict=True):
             batch.tags[row] = tag
 
+    def _all_zero_after_repair(self, batch: KVBatchMeta, groups: Groups, selection: Selection) -> float:
+        """Share of the groups without a positive reward in the TransferQueue, counted there after repair."""
+        empty_B = np.flatnonzero(selection.all_zero_B)
+        rows = groups.rows_BG[empty_B][groups.present_BG[empty_B]].tolist()
+        if not rows:
+            return 0.0
+        keys = [batch.keys[row] for row in rows]
+        data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=["rm_scores"])
+        scores = zip(rows, data["rm_scores"].unbind(), strict=True)
+        hits = {row for row, score in scores if float(score.sum()) > 0}
+        still_empty = [b for b in empty_B if hits.isdisjoint(groups.rows_BG[b].tolist())]
+        return len(still_empty) / len(groups.index_B)
+
     def _keep(
         self, batch: KVBatchMeta, rows_B2: dict[int, list[int]], num_groups: int, metrics: dict
     ) -> KVBatchMeta:
@@ -208,7 +223,8 @@ class PPOTrainerRecast(PPOTrainerSync):
         small.reorder(order)
         metrics["signal/kept_samples"] = 0 if self.no_signal else len(rows)
         metrics["signal/padding_samples"] = num_padding
-        metrics["signal/kept_tokens"] = int(np.sum([batch.tags[row]["seq_len"] for row in rows]))
+        kept_tokens = 0 if self.no_signal else sum(batch.tags[row]["seq_len"] for row in rows)
+        metrics["signal/kept_tokens"] = int(kept_tokens)
         return small
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
@@ -267,7 +283,6 @@ def _signal_metrics(groups: Groups, selection: Selection, batch: KVBatchMeta) ->
     )
     repaired_B = selection.anchor_B >= 0
     return {f"signal/{name}": value for name, value in statistics.items()} | {
-        "signal/all_zero_after_repair": float((selection.all_zero_B & ~repaired_B).mean()),
         "signal/repaired_groups": int(repaired_B.sum()),
         "signal/skipped_groups": int((~selection.trainable_B).sum()),
         "signal/rollouts": len(batch),

@@ -92,21 +92,30 @@ def _run_together(batch: list[list[str]]) -> None:
             subprocess.Popen([sys.executable, "-m", "recast_cli.main", *arguments], **shared)  # type: ignore[call-overload]
             for arguments in part
         ]
-        for arguments, process in zip(part, running, strict=True):
-            output, _ = process.communicate()
-            print(output or "", end="", flush=True)
-            if process.returncode:
-                raise EnvironmentFault(
-                    f"`recast {arguments[0]}` ended with exit code {process.returncode}",
-                    "mend what it says above and run the demo again: finished steps are reused",
-                )
+        try:
+            for arguments, process in zip(part, running, strict=True):
+                output, _ = process.communicate()
+                print(output or "", end="", flush=True)
+                if process.returncode:
+                    raise EnvironmentFault(
+                        f"`recast {arguments[0]}` ended with exit code {process.returncode}",
+                        "mend what it says above and run the demo again: finished steps are reused",
+                    )
+        finally:
+            for process in running:
+                if process.poll() is None:
+                    process.terminate()  # it ends its own children
+                    process.communicate()
 
 
 def _show(summary: dict[str, Any], out: Path) -> None:
     from recast_cli.console import note, print_table
 
     users, items = summary["num_users"], summary["num_items"]
-    title = f"MovieLens-100K: {users} users, all {items} items ranked, RL rows: {summary['rl_rows']}, seed 0"
+    seed = summary["recipes"]["rl"]["seed"]
+    title = (
+        f"MovieLens-100K: {users} users, all {items} items ranked, RL rows: {summary['rl_rows']}, seed {seed}"
+    )
     print_table(title, ["", *COLUMNS.values()], table_rows(summary))
     total = sum(summary["rollouts"].values())
     note(f"invalid items: {summary['invalid_items']} (evaluations and {total:,} rollouts)")

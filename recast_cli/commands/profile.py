@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from recast_cli.errors import ArtifactError
+
 if TYPE_CHECKING:
     from recast_cli.profiling.profile import Launch
     from recast_cli.recipe import Recipe
@@ -62,6 +64,8 @@ def profile(
     start = model or _start_model(settings, inputs)
     device, threads = verl_args.resolve_device(settings), verl_args.num_threads(settings)
     rows = draw_rows(inputs.tokenizer / "verl" / "rl.parquet", settings.rl.prompts_per_step, settings.seed)
+    if (out / "jobs").exists() and not (out / "jobs" / "rollouts.npz").exists():
+        raise ArtifactError(f"{out / 'jobs'} is no folder of a profile", "choose another --out")
     shutil.rmtree(out / "jobs", ignore_errors=True)
     (out / "jobs").mkdir(parents=True)
     peak_flops = matmul_peak(device, threads)

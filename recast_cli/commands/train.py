@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from recast_cli.errors import ArtifactError
-
 if TYPE_CHECKING:
     from recast_cli.recipe import Recipe
     from recast_cli.training.inputs import Inputs
@@ -36,6 +34,7 @@ def train(
 
         recast train recipes/ml-100k/grpo.yaml --dry-run
     """
+    from recast_cli.artifacts import load_manifest
     from recast_cli.console import note, print_json
     from recast_cli.recipe import load_recipe
     from recast_cli.training import run, warm_start
@@ -47,49 +46,35 @@ def train(
         _show(settings, inputs, json_output=json_output)
         return
     out = Path(settings.out)
-    if overwrite and (out / "recipe.yaml").exists():
-        _remove_run(out)
-    is_warm_start_only = settings.method.name == "sft"
-    manifest = None if is_warm_start_only else run.find(settings, inputs)
-    if manifest is not None:
-        note(f"reusing the finished run in {out}")
+    if overwrite:
+        run.remove(out)
+    run.require_room(settings)  # before a warm start of minutes
+    model = _start_model(settings, inputs)
+    if settings.method.name == "sft":
+        manifest = load_manifest(warm_start.folder_of(settings), "warm-start")
     else:
-        model = _start_model(settings, inputs)
-        manifest = _run(settings, inputs, model) if not is_warm_start_only else None
+        found = run.find(settings, inputs, model)
+        if found is not None:
+            note(f"reusing the finished run in {out}")
+        manifest = found or _run(settings, inputs, model)
+        model = out / "model"
     if json_output:
-        from recast_cli.artifacts import load_manifest
-
-        print_json(manifest or load_manifest(warm_start.folder_of(settings), "warm-start"))
-    elif manifest is not None:
-        note(f"model: {out / 'model'}")
-
-
-def _remove_run(out: Path) -> None:
-    """Remove what a run wrote, and nothing else (a warm start beside it is an artifact of its own)."""
-    import shutil
-
-    for name in ("checkpoints", "model", "logs", "outputs"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    for name in (
-        "recipe.yaml",
-        "manifest.json",
-        "metrics.jsonl",
-        "rollouts.jsonl",
-        "rows.parquet",
-        "command.txt",
-    ):
-        (out / name).unlink(missing_ok=True)
+        print_json(manifest)
+    else:
+        note(f"model: {model}")
 
 
 def _start_model(settings: Recipe, inputs: Inputs) -> Path:
     """Folder of the model that RL starts from: named by the recipe, or the warm start, made if need be."""
     from recast_cli.console import note, print_table, progress
     from recast_cli.evaluation.evaluate import evaluate_model
-    from recast_cli.training import warm_start
+    from recast_cli.models import require_vocabulary
+    from recast_cli.training import verl_args, warm_start
+    from recast_cli.vocabulary import Vocabulary
 
     if settings.model:
-        if not (Path(settings.model) / "config.json").is_file():
-            raise ArtifactError(f"model {settings.model} has no config.json", "name a Hugging Face folder")
+        vocabulary = Vocabulary.load(inputs.tokenizer / "vocabulary.json")
+        require_vocabulary(Path(settings.model), vocabulary.vocab_size)
         return Path(settings.model)
     folder = warm_start.folder_of(settings)
     if warm_start.find(settings, inputs) is not None:
@@ -98,8 +83,12 @@ def _start_model(settings: Recipe, inputs: Inputs) -> Path:
     rows: list[list[Any]] = []
 
     def score(model: Path) -> dict[str, float]:
+        import torch
+
+        torch.set_num_threads(verl_args.num_threads(settings))
+        device = verl_args.resolve_device(settings)
         return evaluate_model(
-            model, inputs.tokenizer, inputs.data, "validation", modes=("history_removed",)
+            model, inputs.tokenizer, inputs.data, "validation", modes=("history_removed",), device=device
         ).means()
 
     steps = warm_start.num_steps(settings, inputs)
@@ -141,21 +130,26 @@ def _show(settings: Recipe, inputs: Inputs, *, json_output: bool) -> None:
         model = Path(settings.model) if settings.model else start / "model"
         jobs[settings.method.name] = run.job(settings, inputs, model, out)
     commands = {name: ["python", "-m", *module, *arguments] for name, (module, arguments) in jobs.items()}
-    environment = verl_args.environment(settings, out / "metrics.jsonl")
+    environments = {
+        name: verl_args.environment(
+            settings, ((start if name == "warm start" else out) / "metrics.jsonl").resolve()
+        )
+        for name in jobs
+    }
     estimate = run.estimate(settings, inputs)
     if json_output:
         print_json(
             {
                 "commands": commands,
-                "environment": environment,
+                "environments": environments,
                 "recipe": settings.model_dump(),
                 "estimate": estimate,
             }
         )
         return
-    exports = [f"{key}={shlex.quote(value)}" for key, value in environment.items()]
     for name, command in commands.items():
-        print(f"# {name}")
+        exports = [f"{key}={shlex.quote(value)}" for key, value in environments[name].items()]
+        print(f"# {name}" if name == "warm start" else f"# {name} ({out / 'rows.parquet'} is drawn first)")
         words = 2 + len(jobs[name][0])
         first = shlex.join(command[:words])
         print(" \\\n  ".join([*exports, first, *map(shlex.quote, command[words:])]))

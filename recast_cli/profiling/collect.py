@@ -3,7 +3,6 @@ phase."""
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from recast_cli.artifacts import read_json_lines
 from recast_cli.core.cost import ModelShape, forward_flops, train_flops
 
 # Phase -> verl's timer of it.
@@ -53,11 +53,6 @@ class Run:
     signal: dict[str, float]
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """A file of one JSON object a line."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def read_run(arm: str, metrics: Sequence[dict[str, Any]], measured: Path, replayed: Path, steps: int) -> Run:
     """Cut off warm-up and memory step and bring both levels of timing together.
 
@@ -74,7 +69,7 @@ def read_run(arm: str, metrics: Sequence[dict[str, Any]], measured: Path, replay
     if HOOK in timed[0]:
         seconds["hook"] = [record[HOOK] for record in timed]
     seconds["actor_total"] = np.sum(list(seconds.values()), axis=0).tolist()
-    calls = _by_call(read_lines(measured))
+    calls = _by_call(read_json_lines(measured))
     worker = {phase: calls[phase] for phase in phases}
     for update, optimizer in zip(worker["actor_update"], calls["optimizer"], strict=True):
         for key in ("wall_s", "cpu_s"):
@@ -101,7 +96,7 @@ def read_run(arm: str, metrics: Sequence[dict[str, Any]], measured: Path, replay
         square_tokens=last_call("square_tokens"),
         peak_bytes=last_call("peak_bytes"),
         resident_bytes=last_call("resident_bytes"),
-        rollouts=frozenset(line["sha256"] for line in read_lines(replayed)),
+        rollouts=frozenset(line["sha256"] for line in read_json_lines(replayed)),
         signal={name: value for name, value in metrics[-1].items() if name.startswith("signal/")},
     )
 

@@ -30,16 +30,19 @@ _CAUSE = re.compile(
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """verl's file log: one `{"step": n, "data": {...}}` per line; a torn last line is left out."""
+    return _read_from(path, 0)[0]
+
+
+def _read_from(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
+    """The whole records from a byte offset on, and the offset behind them."""
     if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        records.append({"step": record["step"], **record["data"]})
-    return records
+        return [], offset
+    with path.open("rb") as log:
+        log.seek(offset)
+        text = log.read()
+    text = text[: text.rfind(b"\n") + 1]
+    records = [json.loads(line) for line in text.splitlines()]
+    return [{"step": record["step"], **record["data"]} for record in records], offset + len(text)
 
 
 def hf_checkpoints(folder: Path) -> list[Path]:
@@ -85,7 +88,7 @@ def run_verl(
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", *module, *arguments]
-    seen = 0
+    offset = 0
     with log.open("w", encoding="utf-8") as sink:
         child = subprocess.Popen(
             command,
@@ -99,11 +102,11 @@ def run_verl(
         try:
             while child.poll() is None:
                 time.sleep(_POLL_SECONDS)
-                seen = _report(metrics, seen, on_step)
+                offset = _report(metrics, offset, on_step)
         except BaseException:
             _stop(child)
             raise
-    _report(metrics, seen, on_step)
+    _report(metrics, offset, on_step)
     if child.returncode:
         cause = cause_of(log)
         raise EnvironmentFault(f"{module[-1]} exited with {child.returncode}: {cause}", _advice(cause, log))
@@ -125,13 +128,14 @@ def _advice(cause: str, log: Path) -> str:
     return f"read {log}"
 
 
-def _report(metrics: Path, seen: int, on_step: OnStep | None) -> int:
+def _report(metrics: Path, offset: int, on_step: OnStep | None) -> int:
+    """Pass on what was logged since `offset`."""
     if on_step is None:
-        return seen
-    records = read_metrics(metrics)
-    for record in records[seen:]:
+        return offset
+    records, offset = _read_from(metrics, offset)
+    for record in records:
         on_step(record)
-    return max(seen, len(records))
+    return offset
 
 
 def _stop(child: subprocess.Popen) -> None:

@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recast_cli.artifacts import atomic_text, file_sha256, load_manifest, write_manifest
+from recast_cli.artifacts import atomic_text, load_manifest, weights_sha256, write_manifest
 from recast_cli.errors import ArtifactError, DataError, EnvironmentFault
 from recast_cli.provenance import git_state, versions
 from recast_cli.recipe import Recipe, dump_recipe
-from recast_cli.training import verl_args
+from recast_cli.training import verl_args, warm_start
 from recast_cli.training.inputs import Inputs
 from recast_cli.training.process import OnStep, hf_checkpoints, run_verl
 
@@ -57,7 +57,6 @@ def job(recipe: Recipe, inputs: Inputs, model: Path, out: Path) -> tuple[list[st
             learning_rate=recipe.rl.learning_rate,
             max_length=inputs.example_length,
             steps=recipe.rl.steps,
-            constant_rate=True,
         )
         return verl_args.sft_module(recipe), arguments
     arguments = verl_args.rl_arguments(
@@ -73,14 +72,34 @@ def job(recipe: Recipe, inputs: Inputs, model: Path, out: Path) -> tuple[list[st
     return verl_args.RL_MODULE, arguments
 
 
-def find(recipe: Recipe, inputs: Inputs) -> dict[str, Any] | None:
-    """Manifest of a finished run of the same recipe and parents in `recipe.out`, else None.
+def require_room(recipe: Recipe) -> None:
+    """Refuse an `out` with files that are no run of ours: a run must not be mixed into them.
 
     Raises:
-        ArtifactError: the folder holds another run, or one that did not finish.
+        ArtifactError: naming one of them.
     """
     out = Path(recipe.out)
-    if not (out / "recipe.yaml").exists():
+    if (out / "command.txt").exists() or not out.exists():
+        return
+    start = warm_start.folder_of(recipe).name
+    ours = (start, f"{start}.log", f".{start}.")  # the last: a scratch folder of another process
+    foreign = [path for path in sorted(out.iterdir()) if not path.name.startswith(ours)]
+    if foreign:
+        raise ArtifactError(
+            f"{out} holds {foreign[0].name} and is no run directory, needed an empty or a new folder",
+            "choose another out=",
+        )
+
+
+def find(recipe: Recipe, inputs: Inputs, model: Path) -> dict[str, Any] | None:
+    """Manifest of a finished run of the same recipe, parents and start model in `recipe.out`, else None.
+
+    Raises:
+        ArtifactError: the folder holds another run, one that did not finish, or other files.
+    """
+    out = Path(recipe.out)
+    require_room(recipe)
+    if not (out / "command.txt").exists():
         return None
     if not (out / "manifest.json").exists():
         raise ArtifactError(
@@ -91,7 +110,24 @@ def find(recipe: Recipe, inputs: Inputs) -> dict[str, Any] | None:
         raise ArtifactError(
             f"{out} holds a run of another recipe or data", "pass --overwrite or choose another out="
         )
+    if manifest["start"]["sha256"] != weights_sha256(model):
+        raise ArtifactError(
+            f"{out} holds a run that started from another model than {model}",
+            "pass --overwrite or choose another out=",
+        )
     return manifest
+
+
+def remove(out: Path) -> None:
+    """Remove what a run wrote, and nothing else (a warm start beside it is an artifact of its own)."""
+    if not (out / "command.txt").exists():
+        return
+    for name in ("checkpoints", "model", "logs"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    # The marker of a run goes last.
+    names = ("manifest.json", "metrics.jsonl", "rollouts.jsonl", "rows.parquet", "recipe.yaml", "command.txt")
+    for name in names:
+        (out / name).unlink(missing_ok=True)
 
 
 def train(recipe: Recipe, inputs: Inputs, model: Path, *, on_step: OnStep | None = None) -> dict[str, Any]:
@@ -103,14 +139,15 @@ def train(recipe: Recipe, inputs: Inputs, model: Path, *, on_step: OnStep | None
     out = Path(recipe.out)
     num_rows = recipe.rl.steps * recipe.rl.prompts_per_step
     rows = draw_rows(inputs.tokenizer / "verl" / "rl.parquet", num_rows, recipe.seed)
+    require_room(recipe)
     _require_space(out, estimate(recipe, inputs)["weights_and_optimizer_bytes"])
     out.mkdir(parents=True, exist_ok=True)
+    module, arguments = job(recipe, inputs, model, out)
+    atomic_text(out / "command.txt", "\n".join(["python -m " + " ".join(module), *arguments]) + "\n")
     atomic_text(out / "recipe.yaml", dump_recipe(recipe))
     facts = {"seed": recipe.seed, "versions": versions(), "git": git_state(), "recipe": recipe.model_dump()}
     is_sft = recipe.method.name == "sft-continued"
     pq.write_table(continued_sft_rows(rows) if is_sft else rows, out / "rows.parquet")
-    module, arguments = job(recipe, inputs, model, out)
-    atomic_text(out / "command.txt", "\n".join(["python -m " + " ".join(module), *arguments]) + "\n")
     metrics = (out / "metrics.jsonl").resolve()
     run_verl(
         module,
@@ -121,11 +158,14 @@ def train(recipe: Recipe, inputs: Inputs, model: Path, *, on_step: OnStep | None
         metrics=metrics,
         on_step=on_step,
     )
-    last = hf_checkpoints(out / "checkpoints")[-1]
-    shutil.copytree(last, out / "model", dirs_exist_ok=True)
-    weights = sorted(model.glob("*.safetensors"))
-    start = {"model": str(model), "sha256": {path.name: file_sha256(path) for path in weights}}
-    return close(out, inputs, facts | {"start": start})
+    checkpoints = hf_checkpoints(out / "checkpoints")
+    if not checkpoints:
+        raise ArtifactError(
+            f"{out} has no checkpoint after {recipe.rl.steps} steps, needed one to export",
+            "leave trainer.save_freq to rl.save_every",
+        )
+    shutil.copytree(checkpoints[-1], out / "model", dirs_exist_ok=True)
+    return close(out, inputs, facts | {"start": {"model": str(model), "sha256": weights_sha256(model)}})
 
 
 def _require_space(folder: Path, num_bytes: int) -> None:
@@ -141,21 +181,28 @@ def _require_space(folder: Path, num_bytes: int) -> None:
 
 
 def close(out: Path, inputs: Inputs, facts: dict[str, Any]) -> dict[str, Any]:
-    """Close a run directory with its manifest; Hydra's own folder goes."""
-    shutil.rmtree(out / "outputs", ignore_errors=True)
-    return write_manifest(out, "run", parents=inputs.parents, **facts)
+    """Close a run directory with its manifest. Checkpoints may be deleted later to save disk."""
+    return write_manifest(out, "run", parents=inputs.parents, leave_out="checkpoints", **facts)
 
 
 def estimate(recipe: Recipe, inputs: Inputs) -> dict[str, int]:
     """What a run will process at most: rollouts, rows and tokens that reach the actor, bytes of weights and
     AdamW."""
     groups = recipe.rl.steps * recipe.rl.prompts_per_step
-    rollouts = 0 if recipe.method.name.startswith("sft") else groups * recipe.rl.group_size
-    kept = {"recast": 2 * groups, "grpo": rollouts}.get(recipe.method.name, groups)
-    weights = sum(path.stat().st_size for path in (inputs.tokenizer / "model").glob("*.safetensors"))
+    length = inputs.prompt_length + inputs.num_levels
+    if recipe.method.name.startswith("sft"):
+        length = inputs.example_length
+    rollouts, rows = {
+        "recast": (groups * recipe.rl.group_size, 2 * groups),
+        "grpo": (groups * recipe.rl.group_size, groups * recipe.rl.group_size),
+        "sft-continued": (0, groups),
+        "sft": (0, inputs.num_sft_rows * recipe.warm_start.epochs),
+    }[recipe.method.name]
+    model = Path(recipe.model) if recipe.model else inputs.tokenizer / "model"
+    weights = sum(path.stat().st_size for path in (*model.glob("*.safetensors"), *model.glob("*.bin")))
     return {
         "rollouts": rollouts,
-        "actor_rows": kept,
-        "actor_tokens_at_most": kept * (inputs.prompt_length + inputs.num_levels),
+        "actor_rows": rows,
+        "actor_tokens_at_most": rows * length,
         "weights_and_optimizer_bytes": 4 * weights,  # weights, gradients and two moments, one precision
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 from pathlib import Path
@@ -12,6 +13,8 @@ from recast_cli.environment import cpu_count
 from recast_cli.recipe import Recipe
 
 LOOP_MANAGER = "verl_recast.rollout.agent_loop.GroupLoopManager"
+
+HYDRA_DIR = "logs/hydra"  # below the job's working directory
 
 # What follows `python -m`.
 RL_MODULE = ["verl.trainer.main_ppo"]
@@ -104,18 +107,17 @@ def sft_arguments(
     learning_rate: float,
     max_length: int,
     steps: int | None = None,
-    constant_rate: bool = False,
 ) -> list[str]:
-    """Overrides of `verl.trainer.sft_trainer`; one Hugging Face checkpoint per epoch (or at the end of
-    `steps`)."""
+    """Overrides of `verl.trainer.sft_trainer`: the warm start's schedule with one Hugging Face checkpoint per
+    epoch, or with `steps` the schedule of RL with one at the end."""
     device = resolve_device(recipe)
     packed = packs_rows(device)
     warm = recipe.warm_start
     options: dict[str, Any] = {
         "data.train_files": quoted(train_file),
         "data.train_batch_size": batch_size,
-        "data.micro_batch_size_per_gpu": warm.micro_batch_size,
-        "data.max_token_len_per_gpu": max(max_length, recipe.rl.max_tokens_per_micro_batch),
+        "data.use_dynamic_bsz": True,
+        "data.max_token_len_per_gpu": max(max_length, warm.max_tokens_per_micro_batch),
         "data.max_length": max_length,
         "data.truncation": "error",
         "data.num_workers": 0,
@@ -126,9 +128,10 @@ def sft_arguments(
         "model.enable_gradient_checkpointing": device != "cpu",
         "+model.override_config.attn_implementation": "flash_attention_2" if packed else "sdpa",
         "optim.lr": learning_rate,
-        "optim.weight_decay": warm.weight_decay,
-        "optim.lr_warmup_steps_ratio": 0.0 if constant_rate else warm.warmup_ratio,
-        "optim.lr_scheduler_type": "constant" if constant_rate else "cosine",
+        "optim.weight_decay": warm.weight_decay if steps is None else recipe.rl.weight_decay,
+        "optim.lr_warmup_steps": -1 if steps is None else recipe.rl.warmup_steps,
+        "optim.lr_warmup_steps_ratio": warm.warmup_ratio if steps is None else 0.0,
+        "optim.lr_scheduler_type": "cosine" if steps is None else "constant",
         "checkpoint.save_contents": ["model", "optimizer", "extra", "hf_model"],
         "trainer.default_local_dir": quoted(out),
         "trainer.project_name": "recast",
@@ -142,10 +145,11 @@ def sft_arguments(
         "trainer.resume_mode": "disable",
         "trainer.device": device,
         "trainer.n_gpus_per_node": recipe.num_gpus,
+        "hydra.run.dir": HYDRA_DIR,
     }
     if device == "cpu":
         options |= _cpu_engine("engine")
-    return _arguments(options)
+    return _arguments(options | recipe.verl_sft)
 
 
 def rl_arguments(
@@ -253,6 +257,11 @@ def _trainer_options(recipe: Recipe, out: Path) -> dict[str, Any]:
         "trainer.device": device,
         "trainer.n_gpus_per_node": recipe.num_gpus,
         "trainer.nnodes": 1,
+        "hydra.run.dir": HYDRA_DIR,
+    }
+    if "RAY_ADDRESS" in os.environ:  # a cluster that runs already has its own size, Ray refuses another
+        return options | {"ray_kwargs.ray_init.num_cpus": None}
+    options |= {
         "ray_kwargs.ray_init.num_cpus": recipe.ray_cpus,
         "+ray_kwargs.ray_init.include_dashboard": False,
     }

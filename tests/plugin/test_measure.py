@@ -95,9 +95,12 @@ def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_call_is_described(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RECAST_MEASURE_MEMORY_FROM", "2")
-    ids = torch.nested.as_nested_tensor([torch.arange(3), torch.arange(5)], layout=torch.jagged)
+    # The third row only fills up the batch: nothing in it is learned.
+    ids = torch.nested.as_nested_tensor([torch.arange(n) for n in (3, 5, 128)], layout=torch.jagged)
+    masks = [torch.ones(2), torch.ones(1), torch.zeros(2)]
+    data = {"input_ids": ids, "loss_mask": torch.nested.as_nested_tensor(masks, layout=torch.jagged)}
     for _ in range(2):
-        with phase("actor_update", engine(), {"input_ids": ids}):
+        with phase("actor_update", engine(), data):
             kept = torch.ones(1000)
     trained = engine()
     trained.module(torch.ones(1, 3)).sum().backward()
@@ -107,6 +110,7 @@ def test_a_call_is_described(log: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert (first["phase"], first["call"], second["call"]) == ("actor_update", 1, 2)
     assert (optimizer["phase"], optimizer["call"]) == ("optimizer", 1), "every phase counts its own calls"
     assert (first["rows"], first["tokens"], first["square_tokens"]) == (2, 3 + 5, 9 + 25)
+    assert first["padding_rows"] == 1
     assert "peak_bytes" not in first, "a timed call is not tracked"
     assert second["peak_bytes"] == KB
     weights, moments, counters = 8 * 4, 2 * 8 * 4, 2 * 4

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from training_artifacts import MODEL_BYTES, NUM_RL_ROWS, sid, write_artifacts
 
-from recast_cli.artifacts import write_manifest
+from recast_cli.artifacts import weights_sha256, write_manifest
 from recast_cli.errors import ArtifactError, DataError
 from recast_cli.recipe import dump_recipe
 from recast_cli.training import run, warm_start
@@ -92,22 +92,81 @@ def test_tokenizer_of_another_dataset_is_refused(make_recipe, tmp_path: Path) ->
 
 def finish_run(recipe, inputs: Inputs) -> None:
     out = Path(recipe.out)
-    out.mkdir()
+    out.mkdir(exist_ok=True)
     (out / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-    run.close(out, inputs, {"recipe": recipe.model_dump(), "seed": recipe.seed})
+    (out / "command.txt").write_text("python -m something\n", encoding="utf-8")
+    start = {"model": "m", "sha256": weights_sha256(model_of(inputs))}
+    run.close(out, inputs, {"recipe": recipe.model_dump(), "seed": recipe.seed, "start": start})
 
 
-def test_no_run_is_found_in_an_empty_or_foreign_folder(make_recipe, inputs: Inputs, tmp_path: Path) -> None:
-    assert run.find(make_recipe(), inputs) is None
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "notes.txt").write_text("mine")
-    assert run.find(make_recipe(), inputs) is None
+def model_of(inputs: Inputs) -> Path:
+    return inputs.tokenizer / "model"
+
+
+def test_no_run_is_found_in_a_folder_that_is_empty_or_holds_the_warm_start(
+    make_recipe, inputs: Inputs, tmp_path: Path
+) -> None:
+    assert run.find(make_recipe(), inputs, model_of(inputs)) is None
+    (tmp_path / "run" / "warm_start").mkdir(parents=True)
+    (tmp_path / "run" / "warm_start.log").touch()
+    assert run.find(make_recipe(), inputs, model_of(inputs)) is None
+
+
+def test_folder_of_something_else_is_refused_and_left_alone(
+    make_recipe, inputs: Inputs, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    for name in ("model", "outputs"):
+        (out / name).mkdir(parents=True)
+        (out / name / "mine.txt").write_text("mine")
+    (out / "recipe.yaml").write_text("mine")
+    with pytest.raises(ArtifactError, match="holds model and is no run directory, needed an empty or a new"):
+        run.find(make_recipe(), inputs, model_of(inputs))
+    with pytest.raises(ArtifactError, match="no run directory"):
+        run.train(make_recipe(), inputs, model_of(inputs))
+    run.remove(out)  # --overwrite
+    assert sorted(path.name for path in out.rglob("*")) == [
+        "mine.txt",
+        "mine.txt",
+        "model",
+        "outputs",
+        "recipe.yaml",
+    ]
+
+
+def test_overwrite_removes_a_run_but_not_the_warm_start_or_a_strangers_file(
+    make_recipe, inputs: Inputs, tmp_path: Path
+) -> None:
+    finish_run(make_recipe(), inputs)
+    out = tmp_path / "run"
+    (out / "warm_start").mkdir()
+    (out / "notes.txt").write_text("mine")
+    run.remove(out)
+    assert sorted(path.name for path in out.iterdir()) == ["notes.txt", "warm_start"]
+
+
+def test_run_that_started_from_another_model_is_refused(make_recipe, inputs: Inputs, tmp_path: Path) -> None:
+    finish_run(make_recipe(), inputs)
+    other = tmp_path / "other-model"
+    shutil.copytree(model_of(inputs), other)
+    assert run.find(make_recipe(), inputs, other) is not None  # the same weights elsewhere
+    (other / "model.safetensors").write_bytes(b"others")
+    with pytest.raises(ArtifactError, match=f"started from another model than {other}"):
+        run.find(make_recipe(), inputs, other)
+
+
+def test_run_without_its_checkpoints_is_still_whole(make_recipe, inputs: Inputs, tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "big.pt").touch()
+    (tmp_path / "run" / "command.txt").touch()
+    manifest = run.close(tmp_path / "run", inputs, {})
+    assert list(manifest["files"]) == ["command.txt"]
 
 
 def test_same_recipe_and_parents_reuse_a_finished_run(make_recipe, inputs: Inputs) -> None:
     recipe = make_recipe(rl={"learning_rate": 1e-5}, verl={"trainer.nnodes": 1})
     finish_run(recipe, inputs)
-    found = run.find(recipe, inputs)
+    found = run.find(recipe, inputs, model_of(inputs))
     assert found is not None and found["kind"] == "run" and found["parents"] == inputs.parents
 
 
@@ -116,22 +175,22 @@ def test_run_of_another_recipe_or_of_other_data_is_refused(
 ) -> None:
     finish_run(make_recipe(), inputs)
     with pytest.raises(ArtifactError, match="another recipe or data") as caught:
-        run.find(make_recipe(seed=1), inputs)
+        run.find(make_recipe(seed=1), inputs, model_of(inputs))
     assert "--overwrite" in caught.value.hint
     with pytest.raises(ArtifactError, match="another recipe or data"):
-        run.find(make_recipe(method={"name": "grpo"}), inputs)
+        run.find(make_recipe(method={"name": "grpo"}), inputs, model_of(inputs))
     manifest = json.loads((tmp_path / "tokenizer" / "manifest.json").read_text())
     manifest["files"]["model/model.safetensors"] = "0" * 64
     (tmp_path / "tokenizer" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ArtifactError, match="another recipe or data"):
-        run.find(make_recipe(), Inputs.load(make_recipe()))
+        run.find(make_recipe(), Inputs.load(make_recipe()), model_of(inputs))
 
 
 def test_unfinished_run_is_refused(make_recipe, inputs: Inputs, tmp_path: Path) -> None:
     finish_run(make_recipe(), inputs)
     (tmp_path / "run" / "manifest.json").unlink()
     with pytest.raises(ArtifactError, match="did not finish") as caught:
-        run.find(make_recipe(), inputs)
+        run.find(make_recipe(), inputs, model_of(inputs))
     assert "--overwrite" in caught.value.hint
 
 
@@ -180,19 +239,23 @@ def test_warm_start_of_fewer_windows_than_a_batch_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("method", "rollouts", "rows"),
+    ("method", "rollouts", "rows", "length"),
     [
-        ("recast", 5 * 4 * 8, 5 * 4 * 2),  # a pair of each group
-        ("grpo", 5 * 4 * 8, 5 * 4 * 8),
-        ("sft-continued", 0, 5 * 4),
+        ("recast", 5 * 4 * 8, 5 * 4 * 2, 21 + 3),  # a pair of each group
+        ("grpo", 5 * 4 * 8, 5 * 4 * 8, 21 + 3),
+        ("sft-continued", 0, 5 * 4, 5 * 5),  # a history of 4 items and the target, 5 tokens each
+        ("sft", 0, 10 * 3, 5 * 5),  # 10 windows, 3 epochs
     ],
 )
-def test_estimate_by_hand(make_recipe, inputs: Inputs, method: str, rollouts: int, rows: int) -> None:
-    recipe = make_recipe(rl={"steps": 5, "prompts_per_step": 4, "group_size": 8}, method={"name": method})
+def test_estimate_by_hand(
+    make_recipe, inputs: Inputs, method: str, rollouts: int, rows: int, length: int
+) -> None:
+    rl = {"steps": 5, "prompts_per_step": 4, "group_size": 8}
+    recipe = make_recipe(rl=rl, method={"name": method}, warm_start={"epochs": 3})
     assert run.estimate(recipe, inputs) == {
         "rollouts": rollouts,
         "actor_rows": rows,
-        "actor_tokens_at_most": rows * (21 + 3),
+        "actor_tokens_at_most": rows * length,
         "weights_and_optimizer_bytes": 4 * MODEL_BYTES,
     }
 

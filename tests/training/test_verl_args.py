@@ -179,7 +179,7 @@ def test_numbers_of_the_recipe_reach_verl(make_recipe) -> None:
     assert every.trainer.save_freq == 2
 
 
-def test_warm_start_saves_every_epoch_and_control_the_last_step_at_a_constant_rate(make_recipe) -> None:
+def test_warm_start_saves_every_epoch_and_control_has_the_schedule_of_rl(make_recipe) -> None:
     common = {"model": Path("m"), "train_file": Path("t"), "out": Path("o"), "max_length": 25}
     warm = composed(
         "verl.trainer.sft_trainer",
@@ -191,17 +191,17 @@ def test_warm_start_saves_every_epoch_and_control_the_last_step_at_a_constant_ra
     control = composed(
         "verl.trainer.sft_trainer",
         verl_args.sft_arguments(
-            make_recipe(),
+            make_recipe(rl={"warmup_steps": 4, "weight_decay": 0.03}, verl_sft={"optim.clip_grad": 9}),
             **common,
             epochs=1,
             batch_size=8,
             learning_rate=1e-5,
             steps=9,
-            constant_rate=True,
         ),
     )
     assert (control.trainer.total_training_steps, control.trainer.save_freq) == (9, -1)
-    assert (control.optim.lr_scheduler_type, control.optim.lr_warmup_steps_ratio) == ("constant", 0.0)
+    assert (control.optim.lr_scheduler_type, control.optim.lr_warmup_steps) == ("constant", 4)
+    assert (control.optim.weight_decay, control.optim.clip_grad) == (0.03, 9)
     assert control.data.max_length == 25 and control.data.truncation == "error"
 
 

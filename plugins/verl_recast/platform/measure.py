@@ -141,16 +141,23 @@ def phase(name: str, engine: Any, data: Any) -> Iterator[None]:
     if tracker is not None:
         record["peak_bytes"] = tracker.peak
     if data is not None:
-        record |= _size(data["input_ids"])
+        record |= _size(data)
     with open(path, "a", encoding="utf-8") as log:
         log.write(json.dumps(record) + "\n")
 
 
-def _size(input_ids: Any) -> dict[str, int]:
-    """Rows, real tokens (no padding) and the sum of squared lengths of a jagged tensor."""
-    lengths = input_ids.offsets().diff()
+def _size(data: Any) -> dict[str, int]:
+    """Rows, real tokens and the sum of squared lengths of a call's jagged `input_ids`.
+
+    Neither padding within a row nor the rows that verl adds to fill a batch (nothing in them is learned)
+    count as tokens; `padding_rows` says how many of the latter there were.
+    """
+    lengths = data["input_ids"].offsets().diff()
+    filled = torch.stack([mask.sum() for mask in data["loss_mask"].unbind()]) > 0
+    lengths, num_padding = lengths[filled], int((~filled).sum())
     return {
         "rows": len(lengths),
+        "padding_rows": num_padding,
         "tokens": int(lengths.sum()),
         "square_tokens": int((lengths**2).sum()),
     }

@@ -21,10 +21,11 @@ CALL_TOKENS = 256
 
 
 def by_length(lengths_N: np.ndarray, max_tokens: int, call_tokens: int = CALL_TOKENS) -> list[np.ndarray]:
-    """Split rows into micro-batches of like length with the least padded tokens and calls.
+    """Split rows into micro-batches of like length with few padded tokens and calls.
 
     Rows are taken longest first; the cuts between lengths minimise the sum of `rows * longest + call_tokens`
-    over the micro-batches (dynamic programme over the distinct lengths).
+    over the micro-batches (dynamic programme over the distinct lengths; the least there is where `max_tokens`
+    does not bind, else each piece is split evenly).
 
     Args:
         lengths_N: Tokens of each row.
@@ -94,11 +95,13 @@ def _equal_count(parts: list[np.ndarray], dp_group: Any) -> list[np.ndarray]:
     """The same number of micro-batches on every rank: sharded ranks meet in each forward call."""
     if dp_group is None or torch.distributed.get_world_size(dp_group) == 1:
         return parts
-    count = torch.tensor([len(parts)])
-    torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX, group=dp_group)
-    while len(parts) < int(count):
+    # Every rank learns of the smallest one: an error must reach all of them, or the others wait for ever.
+    extremes = torch.tensor([len(parts), -sum(map(len, parts))])
+    torch.distributed.all_reduce(extremes, op=torch.distributed.ReduceOp.MAX, group=dp_group)
+    count, fewest_rows = int(extremes[0]), -int(extremes[1])
+    if count > fewest_rows:
+        raise ValueError(f"a rank has {fewest_rows} rows, needs at least {count}, one for each micro-batch")
+    while len(parts) < count:
         widest = max(range(len(parts)), key=lambda k: len(parts[k]))
-        if len(parts[widest]) == 1:
-            raise ValueError(f"{len(parts)} rows on this rank, another rank needs {int(count)} micro-batches")
         parts[widest : widest + 1] = np.array_split(parts[widest], 2)
     return parts

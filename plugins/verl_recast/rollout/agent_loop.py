@@ -206,11 +206,11 @@ def _tag(record: dict[str, Any], step: int, weights_step: int) -> dict[str, Any]
 
 def _digest(fields: list[dict[str, Any]]) -> str:
     """Hash of the rollouts as they were stored: row, rollout number, tokens and reward, in that order."""
-    rows = sorted(
-        (int(f["index"]), int(f["session_id"]), f["input_ids"].tolist(), f["rm_scores"].tolist())
-        for f in fields
-    )
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for record in sorted(fields, key=lambda record: (int(record["index"]), record["session_id"])):
+        digest.update(f"{record['index']} {record['session_id']} ".encode())
+        digest.update(record["input_ids"].numpy().tobytes() + record["rm_scores"].numpy().tobytes())
+    return digest.hexdigest()
 
 
 class GroupLoopManager(AgentLoopManagerTQ):

@@ -128,12 +128,19 @@ class SIDServer:
 
         Raises:
             KeyError: a tensor that the model does not have.
+            ValueError: a tensor of another shape.
             RuntimeError: the last bucket is in and a parameter never came: answers would mix two policies.
         """
         state = self.model.state_dict()
-        unknown = [name for name in weights if name not in state]
-        if unknown:
-            raise KeyError(f"rollout model has no parameter {unknown[0]!r}")
+        for name, tensor in weights.items():
+            if name not in state:
+                self._arrived = set()
+                raise KeyError(f"rollout model has no parameter {name!r}")
+            if tensor.shape != state[name].shape:  # copy_ would broadcast it
+                self._arrived = set()
+                raise ValueError(
+                    f"parameter {name!r} has shape {tuple(tensor.shape)}, needed {tuple(state[name].shape)}"
+                )
         with torch.no_grad():
             for name, tensor in weights.items():
                 state[name].copy_(tensor)
