@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from importlib import metadata
+from pathlib import Path
 
 PACKAGES = ("verl-recast", "verl", "torch", "transformers", "ray", "tensordict", "TransferQueue", "numpy")
 
@@ -20,14 +21,17 @@ def versions() -> dict[str, str]:
 
 
 def git_state() -> str | None:
-    """Commit of the working directory's repository, marked `+` if it has changes; None outside of one."""
+    """Commit of the checkout that recast runs from, marked `+` if it has changes; None where it is installed."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        dirty = subprocess.run(
-            ["git", "status", "--porcelain"], capture_output=True, text=True, check=True
-        ).stdout
+        if not git("ls-files", Path(__file__).name):  # an environment inside somebody else's repository
+            return None
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return commit + ("+" if dirty else "")

@@ -1,8 +1,10 @@
-"""Which token id each code of a semantic ID has: vocabulary.json of a tokenizer artifact."""
+"""Which token id each code of a semantic ID has (vocabulary.json of a tokenizer artifact), and the token ids of
+a prompt."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,3 +55,17 @@ class Vocabulary:
             raise ArtifactError(
                 f"{path} is not a vocabulary: {exc}", "rerun `recast build-tokenizer`"
             ) from exc
+
+
+def encode_prompts(tokenizer: Any, conversations: Sequence[Sequence[dict[str, str]]]) -> list[list[int]]:
+    """Token ids of each history with the generation prompt, by the tokenizer's own chat template.
+
+    Rollouts, evaluation, recommendation and the profile's recording ask here, so that all see one prompt.
+    """
+    if not conversations:
+        return []
+    texts = [
+        tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+        for messages in conversations
+    ]
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]

@@ -75,7 +75,7 @@ def evaluate_model(
     )
     prompts, answers_UL = _load_prompts(recommender, tokenizer_dir, rows)
     lists, given = _model_lists(recommender, rows, prompts, beam_width, modes, progress)
-    log_probs_U = recommender.target_log_probs(prompts, answers_UL)
+    log_probs_U = recommender.target_log_probs(prompts, answers_UL).sum(axis=1)
     cutoffs = [k for k in CUTOFFS if k <= beam_width]
     arms = {
         "model": {

@@ -20,7 +20,7 @@ from recast_cli.core.trie import Trie
 from recast_cli.errors import ArtifactError
 from recast_cli.evaluation.loading import read_catalogue
 from recast_cli.models import load_model
-from recast_cli.vocabulary import Vocabulary
+from recast_cli.vocabulary import Vocabulary, encode_prompts
 
 Conversation = Sequence[dict[str, str]]
 
@@ -124,13 +124,7 @@ class Recommender:
 
     def encode(self, conversations: Sequence[Conversation]) -> list[list[int]]:
         """Token ids of each history with the generation prompt, by the tokenizer's own chat template."""
-        if not conversations:
-            return []
-        # Many prompts at once; rendering and tokenising are two steps of the same call.
-        encoded = self.tokenizer.apply_chat_template(
-            [list(messages) for messages in conversations], add_generation_prompt=True, return_dict=True
-        )
-        return encoded["input_ids"]
+        return encode_prompts(self.tokenizer, conversations)
 
     def rank(
         self, prompts: Sequence[Sequence[int]], width: int, closed: Sequence[NDArray[np.int64]] | None = None
@@ -181,7 +175,7 @@ class Recommender:
     def target_log_probs(
         self, prompts: Sequence[Sequence[int]], answers_BL: NDArray[np.int64]
     ) -> NDArray[np.float64]:
-        """Log-probability of each prompt's true answer: full-vocabulary log-softmax, summed over levels. (B,)
+        """Log-probability of each code of each prompt's true answer: full-vocabulary log-softmax. (B, L)
 
         Plain teacher forcing of prompt + answer, independent of trie and beam search.
 
@@ -190,7 +184,7 @@ class Recommender:
             answers_BL: Token ids of the L codes.
         """
         num_levels = answers_BL.shape[1]
-        log_probs_B = np.empty(len(prompts))
+        log_probs_BL = np.empty((len(prompts), num_levels))
         order = sorted(range(len(prompts)), key=lambda b: len(prompts[b]))
         start = 0
         self.model.eval()
@@ -202,8 +196,8 @@ class Recommender:
             ):
                 end += 1
             rows, start = order[start:end], end
-            log_probs_B[rows] = self._forced([prompts[b] for b in rows], torch.from_numpy(answers_BL[rows]))
-        return log_probs_B
+            log_probs_BL[rows] = self._forced([prompts[b] for b in rows], torch.from_numpy(answers_BL[rows]))
+        return log_probs_BL
 
     @torch.inference_mode()
     def _forced(self, prompts: Sequence[Sequence[int]], answers_BL: torch.Tensor) -> NDArray[np.float64]:
@@ -223,4 +217,4 @@ class Recommender:
         logits_BLV, answers_BL = logits_BTV.float(), answers_BL.to(self.model.device)
         chosen_BL = logits_BLV.gather(2, answers_BL[..., None])[..., 0]
         log_probs_BL = chosen_BL - logits_BLV.logsumexp(dim=-1)
-        return log_probs_BL.double().sum(dim=1).cpu().numpy()
+        return log_probs_BL.double().cpu().numpy()

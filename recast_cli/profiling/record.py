@@ -13,7 +13,7 @@ from recast_cli.core import decoding
 from recast_cli.core.seeding import uniforms
 from recast_cli.core.trie import Trie
 from recast_cli.models import load_model
-from recast_cli.vocabulary import Vocabulary
+from recast_cli.vocabulary import Vocabulary, encode_prompts
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,7 @@ def record(
     model = load_model(model_dir, vocabulary.vocab_size, device)
     tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
     table = rows.select(["prompt", "extra_info"]).to_pylist()
-    texts = [
-        tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
-        for row in table
-    ]
-    prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    prompts = encode_prompts(tokenizer, [row["prompt"] for row in table])
     index_B = np.array([row["extra_info"]["index"] for row in table])
     draws_BGL = uniforms(seed, 0, index_B, group_size, vocabulary.num_levels)
     samples = decoding.sample(

@@ -25,6 +25,7 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from recast_cli.core.scoring import score_rollouts
 from recast_cli.core.signal import group_statistics
 from recast_cli.core.spelling import find_all
+from recast_cli.vocabulary import encode_prompts
 from verl_recast.catalogue import Catalogue
 from verl_recast.reward import target_texts
 from verl_recast.settings import RecastSettings
@@ -70,7 +71,7 @@ class GroupLoopWorker(AgentLoopWorker):
         await tq.async_kv_batch_put(keys=uids, partition_id=partition, tags=[tag] * len(uids))
 
     async def _roll_out(self, rows: list[dict[str, Any]], *, validate: bool, partition: str) -> None:
-        prompts = [self._encode(row["raw_prompt"]) for row in rows]
+        prompts = self._encode([list(row["raw_prompt"]) for row in rows])
         out = await self._answers(rows, prompts, validate=validate)
         hits_BG, scores_BG, valid_BG = self._score(rows, out["codes_BGL"])
         keys, fields, tags = self._records(rows, prompts, out, hits_BG, scores_BG, valid_BG)
@@ -109,16 +110,15 @@ class GroupLoopWorker(AgentLoopWorker):
         finally:
             self.llm_client._release_server(server_id, str(rows[0]["uid"]))
 
-    def _encode(self, messages: Any) -> list[int]:
+    def _encode(self, conversations: list[list[dict[str, str]]]) -> list[list[int]]:
         """Prompt token ids; never silently truncated, since a cut prompt no longer starts with an item."""
-        text = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(ids) > self.rollout_config.prompt_length:
+        prompts, allowed = encode_prompts(self.tokenizer, conversations), self.rollout_config.prompt_length
+        longest = max(map(len, prompts))
+        if longest > allowed:
             raise ValueError(
-                f"prompt has {len(ids)} tokens, actor_rollout_ref.rollout.prompt_length is "
-                f"{self.rollout_config.prompt_length}"
+                f"prompt has {longest} tokens, actor_rollout_ref.rollout.prompt_length is {allowed}"
             )
-        return ids
+        return prompts
 
     def _score(
         self, rows: list[dict[str, Any]], codes_BGL: np.ndarray
