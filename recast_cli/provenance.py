@@ -21,7 +21,7 @@ def versions() -> dict[str, str]:
 
 
 def git_state() -> str | None:
-    """Commit of the checkout that recast runs from, marked `+` if it has changes; None where it is installed."""
+    """Commit of the checkout that recast runs from, marked `+` if it has changes; None if it is installed."""
 
     def git(*words: str) -> str:
         done = subprocess.run(

@@ -1,5 +1,4 @@
-"""Which token id each code of a semantic ID has (vocabulary.json of a tokenizer artifact), and the token ids of
-a prompt."""
+"""Token ids: of each code of a semantic ID (vocabulary.json of a tokenizer artifact), and of a prompt."""
 
 from __future__ import annotations
 
