@@ -1,14 +1,16 @@
 """Does RL raise the target's probability where the truth is known?
 
-On the synthetic generator, with RL rows that SFT has not seen: an early warm start, then each arm for the
-same number of updates on the same prompts. Reported per arm: change of the target's mean log-prob and of
-NDCG@10 on validation against the warm start, over all users and seeds, with a paired bootstrap interval.
+On the synthetic generator, with RL rows that SFT has not seen: an early warm start (two epochs at a constant
+learning rate, so that it is neither converged nor annealed), then each arm for the same number of updates on
+the same prompts. Reported per arm: change against the warm start on validation, over all users and seeds,
+with a paired bootstrap interval, and per seed.
 
-The log-prob is split in two, since rollouts are drawn from the policy renormalised over the trie while the
-actor trains the full-vocabulary policy: `catalogue_mass`, the log of the probability that an answer names any
-item at all, and `log_prob_in_catalogue`, the target's log-prob among the items.
+    python benchmarks/learning.py
 
-    python benchmarks/learning.py --out runs/learning --seeds 0 1 2
+The log-prob is split in two ways. Rollouts are drawn from the policy renormalised over the trie while the
+actor trains the full-vocabulary policy: `catalogue_mass` is the log of the probability that an answer names
+any item at all, `log_prob_in_catalogue` the target's log-prob among the items. And `level_1` ... are the
+log-probs of the target's codes, each given the codes before it.
 
 A finished part is reused, so that an interrupted study goes on where it stopped.
 """
@@ -17,7 +19,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,44 +35,85 @@ from recast_cli.data.prompts import CHAT_TEMPLATE
 from recast_cli.data.render import render
 from recast_cli.evaluation.evaluate import evaluate_model
 from recast_cli.evaluation.recommender import Recommender
-from recast_cli.provenance import versions
+from recast_cli.profiling.profile import machine
+from recast_cli.provenance import git_state, versions
 from recast_cli.recipe import Recipe
 from recast_cli.tokenizer.build import TokenizerParams, build
 from recast_cli.training import run, warm_start
 from recast_cli.training.inputs import Inputs
 
-METRICS = ("target_log_prob", "ndcg@10", "catalogue_mass", "log_prob_in_catalogue")
-# Arm -> the recipe's method section.
-ARMS: dict[str, dict[str, Any]] = {
-    "grpo": {"name": "grpo"},
-    "recast": {"name": "recast", "w_positive": 1.0, "w_negative": 1.0},
-    "recast w-=0.25": {"name": "recast", "w_positive": 1.0, "w_negative": 0.25},
-    "recast w-=0": {"name": "recast", "w_positive": 1.0, "w_negative": 0.0},
-    "sft-continued": {"name": "sft-continued"},
+RESULT = Path(__file__).parent / "results" / "learning.json"
+LEVELS, CODES = 3, 8
+METRICS = (
+    "target_log_prob",
+    "ndcg@10",
+    "catalogue_mass",
+    "log_prob_in_catalogue",
+    *(f"level_{level}" for level in range(1, LEVELS + 1)),
+)
+# Arm -> (method section, changes of the rl section).
+ARMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "grpo": ({"name": "grpo"}, {}),
+    "grpo kl=1": ({"name": "grpo"}, {"kl_coef": 1.0}),
+    "recast": ({"name": "recast", "w_positive": 1.0, "w_negative": 1.0}, {}),
+    "recast w-=0.25": ({"name": "recast", "w_positive": 1.0, "w_negative": 0.25}, {}),
+    "recast w-=0": ({"name": "recast", "w_positive": 1.0, "w_negative": 0.0}, {}),
+    "sft-continued": ({"name": "sft-continued"}, {}),
 }
 
 
+def options_of(
+    *,
+    users: int = 2000,
+    items: int = 50,
+    steps: int = 30,
+    prompts: int = 64,
+    learning_rate: float = 1e-4,
+    epochs: int = 2,
+) -> dict[str, Any]:
+    """Sizes of a study."""
+    return {
+        "users": users,
+        "items": items,
+        "warm_start": {"epochs": epochs, "batch_size": 32, "learning_rate": 1e-3},
+        "rl": {
+            "steps": steps,
+            "prompts_per_step": prompts,
+            "group_size": 32,
+            "learning_rate": learning_rate,
+            "warmup_steps": 5,
+        },
+    }
+
+
 def prepare_inputs(out: Path, seed: int, users: int, items: int) -> tuple[Path, Path]:
-    """Synthetic dataset with held-out RL rows, and its tokenizer."""
+    """Synthetic dataset with held-out RL rows, and its tokenizer; made once."""
     data, tokenizer = out / "data", out / "tokenizer"
-    config = synthetic.SyntheticConfig(num_users=users, num_items=items, seed=seed)
-    prepare(synthetic.source(config), Params(rl_rows="held-out", held_out_share=0.2), data, seed=seed)
-    params = TokenizerParams(
-        codebook_sizes=(16, 16, 16), embeddings="cooccurrence", hidden_size=64, num_layers=2, seed=seed
-    )
-    build(
-        data,
-        tokenizer,
-        params,
-        chat_template=CHAT_TEMPLATE,
-        finish=lambda scratch: render(data, scratch / "semantic_ids.parquet", scratch / "verl") and None,
-    )
+    if not data.exists():
+        config = synthetic.SyntheticConfig(num_users=users, num_items=items, sparsity=0.7, seed=seed)
+        params = Params(rl_rows="held-out", held_out_share=0.4, history=8)
+        prepare(synthetic.source(config), params, data, seed=seed)
+    if not tokenizer.exists():
+        sizes = TokenizerParams(
+            codebook_sizes=(CODES,) * LEVELS,
+            embeddings="cooccurrence",
+            hidden_size=64,
+            num_layers=2,
+            seed=seed,
+        )
+
+        def finish(scratch: Path) -> None:
+            render(data, scratch / "semantic_ids.parquet", scratch / "verl")
+
+        build(data, tokenizer, sizes, chat_template=CHAT_TEMPLATE, finish=finish)
     return data, tokenizer
 
 
 def recipe_for(
     out: Path, data: Path, tokenizer: Path, seed: int, arm: str, options: dict[str, Any]
 ) -> Recipe:
+    """The recipe of one arm; everything but its method and its changes is shared."""
+    method, changes = ARMS[arm]
     return Recipe.model_validate(
         {
             "data": str(data),
@@ -79,42 +123,49 @@ def recipe_for(
             "device": "cpu",
             "threads": 1,
             "warm_start": {"out": str(out / "warm_start"), **options["warm_start"]},
-            "rl": options["rl"],
-            "method": ARMS[arm],
+            "verl_sft": {"optim.lr_scheduler_type": "constant"},
+            "rl": options["rl"] | changes,
+            "method": method,
         }
     )
 
 
 def users_of(model: Path, data: Path, tokenizer: Path, cache: Path) -> pl.DataFrame:
     """`METRICS` of every validation user; NDCG@10 with the history removed."""
-    if not cache.exists():
+    weights = model / "model.safetensors"
+    if not cache.exists() or cache.stat().st_mtime < weights.stat().st_mtime:
         users = evaluate_model(model, tokenizer, data, "validation", modes=("history_removed",)).users
-        masses = catalogue_masses(model, data, tokenizer)
-        users.join(masses, on="index", how="left", validate="1:1").write_parquet(cache)
+        parts = probabilities(model, data, tokenizer)
+        scratch = cache.with_suffix(".part")
+        users.join(parts, on="index", how="left", validate="1:1").write_parquet(scratch)
+        scratch.rename(cache)
     users = pl.read_parquet(cache).sort("index")
     rank = pl.col("rank_removed").cast(pl.Float64)
-    return users.select(
-        "index",
-        "target_log_prob",
-        "catalogue_mass",
+    return users.with_columns(
         log_prob_in_catalogue=pl.col("target_log_prob") - pl.col("catalogue_mass"),
         **{"ndcg@10": pl.when(rank <= 10).then(1 / (rank + 1).log(2)).otherwise(0.0).fill_null(0.0)},
-    )
+    ).select("index", *METRICS)
 
 
-def catalogue_masses(model: Path, data: Path, tokenizer: Path) -> pl.DataFrame:
-    """Log of the summed probability of all items, per validation user: beams as wide as the catalogue."""
+def probabilities(model: Path, data: Path, tokenizer: Path) -> pl.DataFrame:
+    """Per validation user: log of all items' summed probability, and the target's log-prob level by level."""
     recommender = Recommender.load(model, tokenizer, data)
-    rows = pl.read_parquet(tokenizer / "verl" / "validation.parquet", columns=["prompt", "extra_info"])
-    index = rows["extra_info"].struct.field("index")
-    prompts, width = recommender.encode(rows["prompt"].to_list()), len(recommender.row_of_sid)
-    scores = np.concatenate(
-        [
-            recommender.rank(prompts[start : start + 256], width).scores_BW
-            for start in range(0, len(rows), 256)
-        ]
+    rows = pl.read_parquet(tokenizer / "verl" / "validation.parquet")
+    prompts = recommender.encode(rows["prompt"].to_list())
+    answers = recommender.tokenizer(
+        rows["reward_model"].struct.field("ground_truth").to_list(), add_special_tokens=False
+    )["input_ids"]
+    log_probs_UL = recommender.target_log_probs(prompts, np.array(answers))
+    width = len(recommender.row_of_sid)  # beams as wide as the catalogue are all of it
+    chunks = [prompts[start : start + 256] for start in range(0, len(prompts), 256)]
+    scores_UN = np.concatenate([recommender.rank(chunk, width).scores_BW for chunk in chunks])
+    return pl.DataFrame(
+        {
+            "index": rows["extra_info"].struct.field("index"),
+            "catalogue_mass": np.logaddexp.reduce(scores_UN, axis=1),
+            **{f"level_{level + 1}": log_probs_UL[:, level] for level in range(LEVELS)},
+        }
     )
-    return pl.DataFrame({"index": index, "catalogue_mass": np.logaddexp.reduce(scores, axis=1)})
 
 
 def run_seed(out: Path, seed: int, arms: list[str], options: dict[str, Any]) -> dict[str, pl.DataFrame]:
@@ -125,79 +176,47 @@ def run_seed(out: Path, seed: int, arms: list[str], options: dict[str, Any]) -> 
     for arm in arms:
         recipe = recipe_for(folder, data, tokenizer, seed, arm, options)
         inputs = Inputs.load(recipe)
-        warm = warm_start.folder_of(recipe) / "model"
+        start = warm_start.folder_of(recipe) / "model"
         if warm_start.find(recipe, inputs) is None:
-            warm_start.train(
-                recipe,
-                inputs,
-                score=lambda model: evaluate_model(model, tokenizer, data, "validation").means(),
-            )
-        if run.find(recipe, inputs) is None:
-            run.train(recipe, inputs, warm)
+            # The last epoch: choosing the best would be one more use of the validation users.
+            epochs = iter(range(options["warm_start"]["epochs"]))
+            warm_start.train(recipe, inputs, score=lambda _, epochs=epochs: {"ndcg@10": float(next(epochs))})
+        if (Path(recipe.out) / "command.txt").exists() and not (Path(recipe.out) / "manifest.json").exists():
+            run.remove(Path(recipe.out))  # interrupted
+        if run.find(recipe, inputs, start) is None:
+            run.train(recipe, inputs, start)
         if "warm start" not in tables:
-            tables["warm start"] = users_of(warm, data, tokenizer, folder / "warm-start-users.parquet")
+            tables["warm start"] = users_of(start, data, tokenizer, folder / "warm-start-users.parquet")
         cache = folder / f"{Path(recipe.out).name}-users.parquet"
         tables[arm] = users_of(Path(recipe.out) / "model", data, tokenizer, cache)
-        print(f"seed {seed} {arm}: log-prob {tables[arm]['target_log_prob'].mean():.4f}", flush=True)
+        print(f"seed {seed} {arm}: {difference(tables, arm, 'target_log_prob')}", flush=True)
     return tables
 
 
-def differences(found: list[dict[str, pl.DataFrame]]) -> dict[str, dict[str, list[float]]]:
-    """Arm -> metric -> [mean, low, high] of arm minus warm start, users of all seeds together."""
-    result: dict[str, dict[str, list[float]]] = {}
-    for arm in found[0]:
-        if arm == "warm start":
-            continue
-        result[arm] = {}
-        for metric in METRICS:
-            before = np.concatenate([tables["warm start"][metric].to_numpy() for tables in found])
-            after = np.concatenate([tables[arm][metric].to_numpy() for tables in found])
-            interval = paired_bootstrap(before, after, seed=0)
-            result[arm][metric] = [interval.mean, interval.low, interval.high]
-    return result
+def difference(tables: dict[str, pl.DataFrame], arm: str, metric: str) -> list[float]:
+    """[mean, low, high] of arm minus warm start over the users of one seed."""
+    before, after = (tables[name][metric].to_numpy() for name in ("warm start", arm))
+    interval = paired_bootstrap(before, after, seed=0)
+    return [interval.mean, interval.low, interval.high]
 
 
 def study(out: Path, seeds: list[int], arms: list[str], options: dict[str, Any]) -> dict[str, Any]:
     """Run (or go on with) the study and return its table."""
     found = [run_seed(out, seed, arms, options) for seed in seeds]
-    start = [tables["warm start"] for tables in found]
+    names = ["warm start", *arms]
+    pooled = {name: pl.concat([tables[name] for tables in found]) for name in names}
     return {
         "seeds": seeds,
         "options": options,
+        "arms": {arm: {"method": ARMS[arm][0], "rl": ARMS[arm][1]} for arm in arms},
         "warm_start": {
-            metric: [float(table[metric].mean()) for table in start]  # type: ignore[arg-type]
+            metric: [float(np.mean(tables["warm start"][metric].to_numpy())) for tables in found]
             for metric in METRICS
         },
-        "difference": differences(found),
+        "difference": {arm: {metric: difference(pooled, arm, metric) for metric in METRICS} for arm in arms},
         "per_seed": {
-            arm: {
-                metric: [float((t[arm][metric] - t["warm start"][metric]).mean()) for t in found]  # type: ignore[arg-type]
-                for metric in METRICS
-            }
+            arm: {metric: [difference(tables, arm, metric) for tables in found] for metric in METRICS}
             for arm in arms
-        },
-        "versions": versions(),
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "python": platform.python_version(),
-        },
-    }
-
-
-def options_of(
-    *, users: int = 2000, items: int = 200, epochs: int = 3, steps: int = 60, learning_rate: float = 1e-4
-) -> dict[str, Any]:
-    """Sizes of a study; `epochs` are the warm start's, few on purpose."""
-    return {
-        "users": users,
-        "items": items,
-        "warm_start": {"epochs": epochs, "batch_size": 32, "learning_rate": 2e-3},
-        "rl": {
-            "steps": steps,
-            "prompts_per_step": 32,
-            "group_size": 32,
-            "learning_rate": learning_rate,
-            "warmup_steps": 5,
         },
     }
 
@@ -207,21 +226,28 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("runs/learning"))
+    parser.add_argument("--result", type=Path, default=RESULT)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    for name, default in (("users", 2000), ("items", 200), ("epochs", 3), ("steps", 60)):
+    for name, default in (("users", 2000), ("items", 50), ("steps", 30), ("prompts", 64), ("epochs", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     arguments = parser.parse_args()
-    names = ("users", "items", "epochs", "steps", "learning_rate")
+    names = ("users", "items", "steps", "prompts", "learning_rate", "epochs")
+    facts = {
+        "command": " ".join(["python benchmarks/learning.py", *sys.argv[1:]]),
+        "git": git_state(),
+        "load_average_before": os.getloadavg(),
+    }
     options = options_of(**{name: getattr(arguments, name) for name in names})
     result = study(arguments.out, arguments.seeds, arguments.arms, options)
-    atomic_text(arguments.out / "learning.json", json.dumps(result, indent=2) + "\n")
+    facts |= {"versions": versions(), "machine": machine()}
+    atomic_text(arguments.result, json.dumps(facts | result, indent=2) + "\n")
     for arm, metrics in result["difference"].items():
         cells = [
             f"{name} {mean:+.4f} [{low:+.4f}, {high:+.4f}]" for name, (mean, low, high) in metrics.items()
         ]
-        print(f"{arm:16} " + "   ".join(cells))
+        print(f"{arm:16} " + "  ".join(cells))
 
 
 if __name__ == "__main__":
