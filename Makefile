@@ -63,6 +63,7 @@ lint: setup ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/mypy benchmarks
 
 format: setup ## put the code in shape
 	@$(BIN)/ruff check --fix .

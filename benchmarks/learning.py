@@ -18,6 +18,7 @@ A finished part is reused, so that an interrupted study goes on where it stopped
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -168,6 +169,12 @@ def probabilities(model: Path, data: Path, tokenizer: Path) -> pl.DataFrame:
     )
 
 
+def train_warm_start(recipe: Recipe, inputs: Inputs) -> None:
+    """To its last epoch: choosing the best would be one more use of the validation users."""
+    numbers = itertools.count()
+    warm_start.train(recipe, inputs, score=lambda _: {"ndcg@10": float(next(numbers))})
+
+
 def run_seed(out: Path, seed: int, arms: list[str], options: dict[str, Any]) -> dict[str, pl.DataFrame]:
     """Per-user values of the warm start and of every arm."""
     folder = out / f"seed-{seed}"
@@ -178,9 +185,7 @@ def run_seed(out: Path, seed: int, arms: list[str], options: dict[str, Any]) -> 
         inputs = Inputs.load(recipe)
         start = warm_start.folder_of(recipe) / "model"
         if warm_start.find(recipe, inputs) is None:
-            # The last epoch: choosing the best would be one more use of the validation users.
-            epochs = iter(range(options["warm_start"]["epochs"]))
-            warm_start.train(recipe, inputs, score=lambda _, epochs=epochs: {"ndcg@10": float(next(epochs))})
+            train_warm_start(recipe, inputs)
         if (Path(recipe.out) / "command.txt").exists() and not (Path(recipe.out) / "manifest.json").exists():
             run.remove(Path(recipe.out))  # interrupted
         if run.find(recipe, inputs, start) is None:
@@ -234,7 +239,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     arguments = parser.parse_args()
     names = ("users", "items", "steps", "prompts", "learning_rate", "epochs")
-    facts = {
+    facts: dict[str, Any] = {
         "command": " ".join(["python benchmarks/learning.py", *sys.argv[1:]]),
         "git": git_state(),
         "load_average_before": os.getloadavg(),
