@@ -232,3 +232,10 @@ def test_ray_needs_three_cpus_for_each_training_worker(write) -> None:
     assert load_recipe(write(text), ["ray_cpus=17"]).ray_cpus == 5 + 3 * 4
     with pytest.raises(RecipeError, match="verl needs 17"):
         load_recipe(write(text), ["ray_cpus=16"])
+
+
+def test_what_would_be_ignored_or_hang_is_refused(write) -> None:
+    with pytest.raises(RecipeError, match="set ray_cpus instead, which is checked"):
+        load_recipe(write(MINIMAL), ["verl.ray_kwargs.ray_init.num_cpus=2"])
+    with pytest.raises(RecipeError, match="method sft is the warm start alone, and model names a start: M"):
+        load_recipe(write(MINIMAL), ["method.name=sft", "model=M"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from verl_recast.groups import _group_rows, minibatch_order
+from verl_recast.groups import _group_rows, _require_own_index, minibatch_order
 
 
 def test_interleaved_keys_become_groups_in_the_order_of_their_index() -> None:
@@ -25,6 +25,12 @@ def test_groups_of_one_index_stay_apart() -> None:
     # a prompt drawn twice in one step: one index, two uids
     keys = ["u2_0_0", "u1_0_0", "u2_1_0", "u1_1_0"]
     assert _group_rows(keys, np.array([4, 4, 4, 4])) == [[1, 3], [0, 2]]
+
+
+def test_one_index_for_different_targets_is_refused_and_for_one_row_twice_is_not() -> None:
+    _require_own_index([(4, ["<a>"]), (4, ["<a>"]), (5, ["<a>"])])
+    with pytest.raises(ValueError, match=r"2 of 3 prompts have extra_info\.index 0, each row needs its own"):
+        _require_own_index([(0, ["<a>"]), (7, ["<a>"]), (0, ["<b>"])])
 
 
 def test_one_rank_one_minibatch_keeps_the_order() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,6 +81,52 @@ def test_results_come_back_in_the_order_of_the_rows() -> None:
     output = [{"model_output": {"doubled": batch["input_ids"] * 2}} for batch in batches]
     restored = postprocess_batch_func(output, indices, data)["model_output"]["doubled"]
     assert [row.tolist() for row in restored.unbind()] == [(row * 2).tolist() for row in rows]
+
+
+def test_columns_of_every_kind_follow_their_rows() -> None:
+    jagged = torch.nested.as_nested_tensor([torch.arange(n) + n for n in (2, 6, 2)], layout=torch.jagged)
+    data = tu.get_tensordict(
+        {"input_ids": jagged, "dense": torch.tensor([[10], [11], [12]]), "uid": ["a", "b", "c"]},
+        non_tensor_dict={"use_dynamic_bsz": True, "max_token_len_per_gpu": 6, "temperature": 0.5},
+    )
+    batches, indices = prepare(data)
+    assert indices == [[1], [0, 2]]
+    assert [batch["dense"].tolist() for batch in batches] == [[[11]], [[10], [12]]]
+    assert [list(batch["uid"]) for batch in batches] == [["b"], ["a", "c"]]
+    assert [batch["temperature"] for batch in batches] == [0.5, 0.5]
+    assert [row.tolist() for row in batches[1]["input_ids"].unbind()] == [[2, 3], [2, 3]]
+
+
+def _rank(rank: int, folder: str, lengths: list[list[int]]) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=len(lengths)
+    )
+    rows = [torch.arange(length) for length in lengths[rank]]
+    data = tu.get_tensordict(
+        {"input_ids": torch.nested.as_nested_tensor(rows, layout=torch.jagged)},
+        non_tensor_dict={"use_dynamic_bsz": True, "max_token_len_per_gpu": 300},
+    )
+    try:
+        _, indices = prepare(data, torch.distributed.group.WORLD)
+        found = str(sorted(len(part) for part in indices or []))
+    except ValueError as exc:
+        found = str(exc)
+    Path(folder, str(rank)).write_text(found)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "found"),
+    [
+        # 3 rows of 300 need three calls; the other rank splits its 5 short rows into as many.
+        ([[300, 300, 300], [4, 4, 4, 4, 4]], ["[1, 1, 1]", "[1, 2, 2]"]),
+        # 2 rows cannot be split in three, and both ranks must learn of it.
+        ([[300, 300, 300], [4, 4]], ["a rank has 2 rows, needs at least 3, one for each micro-batch"] * 2),
+    ],
+)
+def test_every_rank_makes_as_many_calls(tmp_path: Path, lengths: list[list[int]], found: list[str]) -> None:
+    torch.multiprocessing.spawn(_rank, (str(tmp_path), lengths), nprocs=2)
+    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == found
 
 
 def test_fixed_micro_batches_stay_verls() -> None:

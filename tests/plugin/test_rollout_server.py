@@ -123,6 +123,8 @@ def test_new_weights_decide_the_next_answers(tokenizer_folder: Path, prompts: li
             {name: new[name] for name in names[:6]}, 6, True
         )  # one of them the head, which is tied
     assert server.global_steps == 5
+    with pytest.raises(ValueError, match=r"'model\.norm\.weight' has shape \(1,\), needed \(64,\)"):
+        server.update_weights({**new, "model.norm.weight": torch.ones(1)}, 6, True)
     with pytest.raises(KeyError, match=r"no parameter 'model\.extra'"):
         server.update_weights({"model.extra": torch.zeros(1)}, 6, True)
 

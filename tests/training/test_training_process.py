@@ -109,6 +109,8 @@ def test_torn_last_line_of_the_metrics_is_left_out(tmp_path: Path) -> None:
     line = json.dumps({"step": 1, "data": {"a": 1.5}})
     path.write_text(line + "\n" + line.replace("1.5", "2.5")[:-7])
     assert read_metrics(path) == [{"step": 1, "a": 1.5}]
+    path.write_text(line + "\n" + line.replace("1.5", "2.5"))  # whole, but its end has not been written yet
+    assert read_metrics(path) == [{"step": 1, "a": 1.5}]
     path.write_text("")
     assert read_metrics(path) == []
 
