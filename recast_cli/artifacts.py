@@ -64,7 +64,13 @@ def atomic_dir(target: Path, *, replace: bool = False) -> Iterator[Path]:
         ArtifactError: `target` exists and `replace` is False.
         EnvironmentFault: the disk is full or not writable.
     """
-    target = Path(target)
+    target = Path(target).resolve()  # a link to a folder stays one
+    if target.is_mount():
+        raise ArtifactError(f"{target} is a mount point, needed a folder below it", "choose another --out")
+    if target.exists() and target == Path.cwd():  # it cannot be replaced under our feet
+        raise ArtifactError(
+            f"{target} is the working directory, needed another folder", "choose another --out"
+        )
     if target.exists() and not replace and any(target.iterdir() if target.is_dir() else [target]):
         raise ArtifactError(
             f"{target} already exists and is not empty", "choose another --out or pass --overwrite"
@@ -160,11 +166,30 @@ def write_manifest(
     return manifest
 
 
+def is_artifact(folder: Path, kind: str) -> bool:
+    """True if the folder's manifest says that it is of this kind, be it damaged otherwise."""
+    try:
+        text = (Path(folder) / MANIFEST).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return f'"kind": "{kind}"' in text
+
+
+# Types of what readers rely on, beside `parents` and `files`.
+FACTS: dict[str, dict[str, type]] = {
+    "dataset": {"source": dict, "params": dict, "rows": dict, "num_items": int, "num_users": int},
+    "tokenizer": {"params": dict, "num_items": int, "num_levels": int},
+    "warm-start": {"params": dict, "seed": int, "epochs": list, "best_epoch": int},
+    "run": {"recipe": dict, "start": dict},
+}
+
+
 def load_manifest(folder: Path, kind: str) -> dict[str, Any]:
-    """Read and check the manifest of an artifact.
+    """Read the manifest of an artifact and check the folder against it.
 
     Raises:
-        ArtifactError: no manifest, unreadable, of another kind or format, or a listed file is missing.
+        ArtifactError: no manifest, unreadable, of another kind or format, a fact of another type, or a listed
+            file is missing.
     """
     path = Path(folder) / MANIFEST
     command = {"dataset": "recast prepare-data", "tokenizer": "recast build-tokenizer"}.get(
@@ -187,12 +212,31 @@ def load_manifest(folder: Path, kind: str) -> dict[str, Any]:
             f"this recast reads {FORMAT_VERSION}",
             f"rerun `{command}`",
         )
-    missing = [name for name in manifest.get("files", {}) if not (Path(folder) / name).is_file()]
+    for name, needed in {"parents": dict, "files": dict, **FACTS.get(kind, {})}.items():
+        found = manifest.get(name, None if name in ("parents", "files") else needed())
+        if not isinstance(found, needed):
+            raise ArtifactError(
+                f"{path}: {name} is {type(found).__name__}, needed {needed.__name__}", f"rerun `{command}`"
+            )
+    missing = [name for name in manifest["files"] if not (Path(folder) / name).is_file()]
     if missing:
         raise ArtifactError(
             f"{folder} lacks {missing[0]} (and {len(missing) - 1} more)", f"rerun `{command}`"
         )
     return manifest
+
+
+def require_content(folder: Path, manifest: dict[str, Any]) -> None:
+    """Refuse an artifact whose files are no longer those of its manifest.
+
+    Raises:
+        ArtifactError: naming the first that differs.
+    """
+    for name, digest in manifest["files"].items():
+        if file_sha256(folder / name) != digest:
+            raise ArtifactError(
+                f"{folder / name} differs from its manifest", "pass --overwrite to make it again"
+            )
 
 
 def identity(manifest: dict[str, Any]) -> str:

@@ -196,7 +196,7 @@ def _signal(rollouts: list[dict[str, Any]]) -> dict[str, float]:
 def _differences(layout: Layout, arm: str) -> dict[str, list[float]]:
     """[mean, low, high] of arm minus warm start on the test users: target log-prob and metrics at 10."""
     first, second = (
-        pl.read_parquet(layout.evaluation(name, "test").with_suffix(".parquet")).sort("index")
+        pl.read_parquet(layout.evaluation(name, "test").with_suffix(".users.parquet")).sort("index")
         for name in ("warm_start", arm)
     )
     assert first["index"].equals(second["index"]), "both arms are evaluated on the same users"

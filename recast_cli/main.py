@@ -115,9 +115,12 @@ def _in_words(exc: BaseException) -> tuple[str, str] | None:
         return _one_line(exc.format_message()), f"see `{ctx.command_path if ctx else 'recast'} --help`"
     if isinstance(exc, ModuleNotFoundError) and exc.name in EXTRAS:
         return f"{exc.name} is not installed", f"pip install 'verl-recast[{EXTRAS[exc.name]}]'"
-    if isinstance(exc, OSError) and exc.errno in OS_HINTS:
+    if isinstance(exc, OSError) and exc.errno is not None:
         place = f": {exc.filename}" if exc.filename is not None else ""
-        return f"{exc.strerror or _one_line(str(exc))}{place}", OS_HINTS[exc.errno]
+        words = f"{exc.strerror or _one_line(str(exc))}{place}"
+        return words, OS_HINTS.get(exc.errno, "the operating system refused that: check path and arguments")
+    if os.strerror(errno.ENOSPC) in str(exc):  # polars and safetensors have no errno
+        return _one_line(str(exc)), OS_HINTS[errno.ENOSPC]
     if isinstance(exc, MemoryError):
         return "out of memory", OS_HINTS[errno.ENOMEM]
     return None
@@ -141,7 +144,8 @@ def report(exc: BaseException) -> int:
 
 def main() -> None:
     """Entry point: run the command, word what went wrong, and exit with the matching code."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _terminate)
     try:
         # Typer catches Exit itself and returns its code; commands return nothing.
         result = app(_take_global_options(sys.argv[1:]), standalone_mode=False)

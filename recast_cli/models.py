@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from recast_cli.artifacts import weights_sha256
+from recast_cli.artifacts import identity, is_artifact, load_manifest, weights_sha256
 from recast_cli.errors import ArtifactError
 
 
@@ -30,6 +30,27 @@ def require_vocabulary(model_dir: Path, vocab_size: int) -> None:
         raise ArtifactError(
             f"model {model_dir} has {rows} embedding rows, the tokenizer has {vocab_size} tokens",
             "name a model trained with this tokenizer",
+        )
+
+
+def require_tokenizer(model_dir: Path, tokenizer_dir: Path) -> None:
+    """Refuse a model that was trained with another tokenizer, where the folder it lies in says so.
+
+    The vocabulary's size proves little: two tokenizers of one dataset have equal sizes and other codes.
+
+    Raises:
+        ArtifactError: naming both folders.
+    """
+    needed, folder = identity(load_manifest(tokenizer_dir, "tokenizer")), model_dir.resolve().parent
+    kind = next((kind for kind in ("run", "warm-start", "tokenizer") if is_artifact(folder, kind)), None)
+    if kind is None:
+        return
+    manifest = load_manifest(folder, kind)
+    found = identity(manifest) if kind == "tokenizer" else manifest["parents"].get("tokenizer")
+    if found != needed:
+        raise ArtifactError(
+            f"model {model_dir} was trained with another tokenizer than {tokenizer_dir}",
+            "name the tokenizer of that model",
         )
 
 

@@ -7,6 +7,7 @@ reported at once; unknown keys are errors.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -118,9 +119,9 @@ class Recipe(Section):
     def _fits_together(self) -> Recipe:
         if self.method.name == "sft" and self.model:
             raise ValueError(f"method sft is the warm start alone, and model names a start: {self.model}")
-        given = next((key for key in self.verl if key.endswith("ray_init.num_cpus")), None)
-        if given:
-            raise ValueError(f"verl.{given} is {self.verl[given]}: set ray_cpus instead, which is checked")
+        given = {key: value for key, value in _flat(self.verl) if key.endswith("ray_init.num_cpus")}
+        for key, value in given.items():
+            raise ValueError(f"verl.{key} is {value}: set ray_cpus instead, which is checked")
         return self
 
     @model_validator(mode="after")
@@ -132,6 +133,34 @@ class Recipe(Section):
                 "and would wait for ever (they are logical CPUs, the machine may have fewer)"
             )
         return self
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of every leaf of a nested mapping."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without duplicate keys: the first of two `rl:` sections would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        repeated = next((key for place, key in enumerate(keys) if key in keys[:place]), None)
+        if repeated is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"key {repeated!r} twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _yaml(text: str) -> Any:
+    """Raises yaml.YAMLError for everything that is no YAML value, whatever the library raises."""
+    try:
+        return yaml.load(text, _Loader)
+    except (ValueError, RecursionError) as exc:  # a date like 2024-99-99, an endless number, deep nesting
+        raise yaml.YAMLError(str(exc)) from exc
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
@@ -146,7 +175,7 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in seen:
         raise RecipeError(f"{path} extends itself", "remove the circular `extends:`")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = _yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"recipe {path} does not exist", "see the recipes/ folder for examples") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
@@ -167,14 +196,14 @@ def _override(text: str) -> dict[str, Any]:
     if not equals or not key.strip():
         raise RecipeError(f"override {text!r} is not of the form key=value", "for example rl.steps=20")
     try:
-        nested: Any = yaml.safe_load(value) if value else None
+        nested: Any = _yaml(value) if value else None
     except yaml.YAMLError as exc:
         raise RecipeError(f"override {text!r} has an unreadable value", "quote it as YAML") from exc
     if _EXPONENT.fullmatch(value.strip()):  # YAML 1.1 reads 1e-3 as text
         nested = float(value)
     parts = key.strip().split(".")
-    if parts[0] == "verl" and len(parts) > 1:  # verl's own keys have dots
-        return {"verl": {".".join(parts[1:]): nested}}
+    if parts[0] in ("verl", "verl_sft") and len(parts) > 1:  # verl's own keys have dots
+        return {parts[0]: {".".join(parts[1:]): nested}}
     for part in reversed(parts):
         nested = {part: nested}
     return nested

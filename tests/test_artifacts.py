@@ -271,7 +271,8 @@ def dataset(folder: Path, text: str = "hello", **facts: Any) -> dict[str, Any]:
     with artifacts.atomic_dir(folder, replace=True) as scratch:
         (scratch / "sub").mkdir()
         (scratch / "sub" / "items.txt").write_text(text)
-        return artifacts.write_manifest(scratch, "dataset", seed=1, **facts)
+        needed = {"source": {}, "params": {}, "rows": {}, "num_items": 3, "num_users": 1}
+        return artifacts.write_manifest(scratch, "dataset", seed=1, **(needed | facts))
 
 
 def test_a_manifest_lists_every_file_with_its_hash(tmp_path: Path) -> None:
@@ -322,6 +323,41 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "data" / "sub" / "items.txt").unlink()
     with pytest.raises(ArtifactError, match=r"lacks sub/items\.txt"):
         artifacts.load_manifest(tmp_path / "data", "dataset")
+
+
+def test_a_changed_file_is_named(tmp_path: Path) -> None:
+    manifest = dataset(tmp_path / "data")
+    artifacts.require_content(tmp_path / "data", manifest)
+    (tmp_path / "data" / "sub" / "items.txt").write_text("hellu")
+    with pytest.raises(ArtifactError, match=r"sub/items\.txt differs from its manifest"):
+        artifacts.require_content(tmp_path / "data", manifest)
+
+
+@pytest.mark.parametrize(("fact", "found"), [("files", None), ("num_items", "three"), ("source", [])])
+def test_a_manifest_of_another_shape_is_refused(tmp_path: Path, fact: str, found: object) -> None:
+    written = dataset(tmp_path / "data")
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps({**written, fact: found}))
+    needed = {"files": "dict", "num_items": "int", "source": "dict"}[fact]
+    with pytest.raises(ArtifactError, match=f"{fact} is {type(found).__name__}, needed {needed}"):
+        artifacts.load_manifest(tmp_path / "data", "dataset")
+
+
+def test_a_mount_point_and_the_working_directory_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for target, reason in ((Path("."), "is the working directory"), (Path("/proc"), "is a mount point")):
+        with pytest.raises(ArtifactError, match=reason), artifacts.atomic_dir(target, replace=True):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_to_a_folder_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    with artifacts.atomic_dir(tmp_path / "out") as scratch:
+        (scratch / "file").touch()
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "disk" / "file").exists()
 
 
 def test_a_child_knows_its_parent(tmp_path: Path) -> None:

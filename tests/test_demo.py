@@ -45,7 +45,7 @@ def layout(tmp_path):
             _write(path, {"num_users": 3, "num_items": 7, "metrics": metrics})
             users = {"index": [5, 6, 7], "rank_removed": RANKS[kind], "target_log_prob": LOG_PROBS[kind]}
             pl.DataFrame(users).sample(fraction=1.0, shuffle=True, seed=len(arm)).write_parquet(
-                path.with_suffix(".parquet")
+                path.with_suffix(".users.parquet")
             )
     _write(layout.run / "warm_start" / "manifest.json", {"best_epoch": 1, "epochs": [{}]})
     for name in ("recast", "grpo", "sft-continued"):

@@ -237,5 +237,22 @@ def test_ray_needs_three_cpus_for_each_training_worker(write) -> None:
 def test_what_would_be_ignored_or_hang_is_refused(write) -> None:
     with pytest.raises(RecipeError, match="set ray_cpus instead, which is checked"):
         load_recipe(write(MINIMAL), ["verl.ray_kwargs.ray_init.num_cpus=2"])
+    nested = MINIMAL + "verl: {ray_kwargs: {ray_init: {num_cpus: 3}}}\n"
+    with pytest.raises(RecipeError, match=r"verl\.ray_kwargs\.ray_init\.num_cpus is 3"):
+        load_recipe(write(nested))
     with pytest.raises(RecipeError, match="method sft is the warm start alone, and model names a start: M"):
         load_recipe(write(MINIMAL), ["method.name=sft", "model=M"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "rl: {steps: 1}\nrl: {group_size: 2}\n",
+        "seed: 2024-99-99\n",
+        "seed: " + "[" * 3000,
+        "seed: " + "9" * 5000,
+    ],
+)
+def test_yaml_that_would_lose_a_section_or_break_the_reader_is_an_error(write, text: str) -> None:
+    with pytest.raises(RecipeError, match=r"cannot be read|seed: found"):
+        load_recipe(write(MINIMAL + text))

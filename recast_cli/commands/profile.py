@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from recast_cli.training.inputs import Inputs
 
 
+MARKER = ".recast-profile"  # in OUT/jobs: what lies there may be replaced
+
+
 def profile(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe, for example recipes/ml-100k/recast.yaml.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example threads=1.")] = None,
@@ -49,6 +52,7 @@ def profile(
     import shutil
 
     from recast_cli.console import note, print_json, progress
+    from recast_cli.models import require_tokenizer, require_vocabulary
     from recast_cli.profiling import profile as stage
     from recast_cli.profiling.peak import matmul_peak
     from recast_cli.profiling.plot import plot
@@ -57,17 +61,21 @@ def profile(
     from recast_cli.training import verl_args
     from recast_cli.training.inputs import Inputs
     from recast_cli.training.run import draw_rows
+    from recast_cli.vocabulary import Vocabulary
 
     loaded = load_recipe(recipe, overrides or [])
     settings = _settings(loaded, prompts, group_size, steps)
     inputs = Inputs.load(settings)
     start = model or _start_model(settings, inputs)
+    require_vocabulary(start, Vocabulary.load(inputs.tokenizer / "vocabulary.json").vocab_size)
+    require_tokenizer(start, inputs.tokenizer)
     device, threads = verl_args.resolve_device(settings), verl_args.num_threads(settings)
     rows = draw_rows(inputs.tokenizer / "verl" / "rl.parquet", settings.rl.prompts_per_step, settings.seed)
-    if (out / "jobs").exists() and not (out / "jobs" / "rollouts.npz").exists():
+    if (out / "jobs").exists() and not (out / "jobs" / MARKER).exists():
         raise ArtifactError(f"{out / 'jobs'} is no folder of a profile", "choose another --out")
     shutil.rmtree(out / "jobs", ignore_errors=True)
     (out / "jobs").mkdir(parents=True)
+    (out / "jobs" / MARKER).touch()
     peak_flops = matmul_peak(device, threads)
     recording = _record(settings, inputs, start, rows, out / "jobs")
     with progress("profile", 2 * repeats * stage.num_steps(steps)) as advance:

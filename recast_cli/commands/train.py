@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from recast_cli.errors import ArtifactError
+
 if TYPE_CHECKING:
     from recast_cli.recipe import Recipe
     from recast_cli.training.inputs import Inputs
@@ -42,14 +44,20 @@ def train(
 
     settings = load_recipe(recipe, overrides or [])
     inputs = Inputs.load(settings)
+    if settings.method.name != "sft":
+        inputs.require_rl_rows()
     if dry_run:
         _show(settings, inputs, json_output=json_output)
         return
     out = Path(settings.out)
-    if overwrite:
-        run.remove(out)
     run.require_room(settings)  # before a warm start of minutes
     model = _start_model(settings, inputs)
+    if overwrite:
+        if model.resolve().is_relative_to((out / "model").resolve()):
+            raise ArtifactError(
+                f"--overwrite would remove the start model {model}", "choose another out= or copy the model"
+            )
+        run.remove(out)
     if settings.method.name == "sft":
         manifest = load_manifest(warm_start.folder_of(settings), "warm-start")
     else:
@@ -68,13 +76,14 @@ def _start_model(settings: Recipe, inputs: Inputs) -> Path:
     """Folder of the model that RL starts from: named by the recipe, or the warm start, made if need be."""
     from recast_cli.console import note, print_table, progress
     from recast_cli.evaluation.evaluate import evaluate_model
-    from recast_cli.models import require_vocabulary
+    from recast_cli.models import require_tokenizer, require_vocabulary
     from recast_cli.training import verl_args, warm_start
     from recast_cli.vocabulary import Vocabulary
 
     if settings.model:
         vocabulary = Vocabulary.load(inputs.tokenizer / "vocabulary.json")
         require_vocabulary(Path(settings.model), vocabulary.vocab_size)
+        require_tokenizer(Path(settings.model), inputs.tokenizer)
         return Path(settings.model)
     folder = warm_start.folder_of(settings)
     if warm_start.find(settings, inputs) is not None:

@@ -34,7 +34,11 @@ FILES_SHA256 = {
 
 def cache_dir() -> Path:
     """Where fetched files are kept: `$RECAST_CACHE`, else `~/.cache/recast`."""
-    return Path(os.environ.get("RECAST_CACHE") or "~/.cache/recast").expanduser()
+    place = os.environ.get("RECAST_CACHE") or "~/.cache/recast"
+    try:
+        return Path(place).expanduser()
+    except RuntimeError as exc:
+        raise EnvironmentFault(f"cache folder {place}: {exc}", "set RECAST_CACHE to a folder") from exc
 
 
 def cached_wheel() -> Path:

@@ -12,7 +12,6 @@ files of targets, and the same whatever the options for RL rows):
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from recast_cli.artifacts import MANIFEST, atomic_dir, file_sha256, load_manifest, write_manifest
+from recast_cli.artifacts import atomic_dir, is_artifact, load_manifest, require_content, write_manifest
 from recast_cli.data import split
 from recast_cli.data.clean import MIN_EVENTS, Cleaned, clean, count_reasons
 from recast_cli.data.source import Source
@@ -177,38 +176,21 @@ def _find_existing(source: Source, params: Params, out: Path, overwrite: bool) -
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
-    if not (out / MANIFEST).is_file():
+    if not is_artifact(out, "dataset"):
         raise ArtifactError(f"{out} already exists and holds no dataset", "choose another --out")
     if overwrite:
-        _refuse_other_artifact(out)
-        return None
+        return None  # even a damaged one
     try:
         manifest = load_manifest(out, "dataset")
     except ArtifactError as exc:
-        raise ArtifactError(
-            exc.message, "choose another --out, or pass --overwrite to replace a dataset"
-        ) from exc
+        raise ArtifactError(exc.message, "pass --overwrite, or choose another --out") from exc
     difference = _difference(manifest, source, params)
     if difference:
         raise ArtifactError(
             f"{out} holds a dataset with {difference}", "choose another --out or pass --overwrite"
         )
-    for name, digest in manifest["files"].items():
-        if file_sha256(out / name) != digest:
-            raise ArtifactError(
-                f"{out / name} differs from its manifest", "pass --overwrite to make it again"
-            )
+    require_content(out, manifest)
     return manifest
-
-
-def _refuse_other_artifact(out: Path) -> None:
-    """A damaged dataset may be overwritten, a tokenizer or a run may not."""
-    try:
-        kind = json.loads((out / MANIFEST).read_text(encoding="utf-8"))["kind"]
-    except (ValueError, TypeError, KeyError):
-        return
-    if kind != "dataset":
-        raise ArtifactError(f"{out} holds a {kind!r} artifact, needed 'dataset'", "choose another --out")
 
 
 def _difference(manifest: dict[str, Any], source: Source, params: Params) -> str:

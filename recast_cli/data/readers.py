@@ -69,7 +69,7 @@ def read_table(path: Path) -> pl.DataFrame:
         _check_encoding(path, content)
     try:
         frame = READERS[kind](content)
-    except (pl.exceptions.PolarsError, OSError) as exc:
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as exc:
         raise _explain(path, kind, content, exc) from exc
     if frame.height == 0:
         raise DataError(

@@ -32,7 +32,7 @@ def k_core(interactions: pl.DataFrame, *, min_user: int, min_item: int) -> pl.Da
 
 def order_ids(column: str, ids: pl.Series) -> list[pl.Expr]:
     """Sort keys for ids: by number if all are integers, then (or else) by text."""
-    if bool(ids.str.contains(r"^-?\d{1,18}$").all()):
+    if bool(ids.str.contains(r"^-?[0-9]{1,18}$").all()):
         return [pl.col(column).cast(pl.Int64), pl.col(column)]  # "7" and "07" are two ids
     return [pl.col(column)]
 

@@ -19,7 +19,7 @@ from recast_cli.core.decoding import beam_search
 from recast_cli.core.trie import Trie
 from recast_cli.errors import ArtifactError
 from recast_cli.evaluation.loading import read_catalogue
-from recast_cli.models import load_model
+from recast_cli.models import load_model, require_tokenizer
 from recast_cli.vocabulary import Vocabulary, encode_prompts
 
 Conversation = Sequence[dict[str, str]]
@@ -90,6 +90,7 @@ class Recommender:
 
         manifest = load_manifest(tokenizer_dir, "tokenizer")
         require_parent(manifest, load_manifest(data_dir, "dataset"), tokenizer_dir, data_dir)
+        require_tokenizer(model_dir, tokenizer_dir)
         vocabulary = Vocabulary.load(tokenizer_dir / "vocabulary.json")
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir / "model", local_files_only=True)
         row_of_sid = read_catalogue(tokenizer_dir, data_dir)

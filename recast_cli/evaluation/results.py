@@ -65,13 +65,13 @@ class Evaluation:
         return _without_nan(document)
 
     def save(self, out: Path) -> tuple[Path, Path]:
-        """Write `evaluation.json` and `users.parquet` into a folder, or `X.json` and `X.parquet`.
+        """Write `evaluation.json` and `users.parquet` into a folder, or `X.json` and `X.users.parquet`.
 
         Returns:
             The two paths. The JSON is written last: where it is, both are complete.
         """
         if out.suffix == ".json":
-            paths = out, out.with_suffix(".parquet")
+            paths = out, out.with_suffix(".users.parquet")
         else:
             paths = out / EVALUATION, out / USERS
         paths[0].parent.mkdir(parents=True, exist_ok=True)

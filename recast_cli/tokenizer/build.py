@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 
 from recast_cli import __version__
 from recast_cli.artifacts import (
-    MANIFEST,
     atomic_dir,
     atomic_text,
-    file_sha256,
     identity,
+    is_artifact,
     load_manifest,
+    require_content,
     write_manifest,
 )
 from recast_cli.core.spelling import spell
@@ -201,21 +201,20 @@ def _find_existing(
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
-    if not (out / MANIFEST).is_file():
+    if not is_artifact(out, "tokenizer"):
         raise ArtifactError(f"{out} already exists and holds no tokenizer", "choose another --out")
-    if overwrite and '"kind": "tokenizer"' in (out / MANIFEST).read_text(encoding="utf-8", errors="replace"):
+    if overwrite:
         return None  # even a damaged one
-    manifest = load_manifest(out, "tokenizer")
+    try:
+        manifest = load_manifest(out, "tokenizer")
+    except ArtifactError as exc:
+        raise ArtifactError(exc.message, "pass --overwrite, or choose another --out") from exc
     difference = _difference(manifest, dataset, recorded)
     if difference:
         raise ArtifactError(
             f"{out} holds a tokenizer {difference}", "choose another --out or pass --overwrite"
         )
-    for name, digest in manifest["files"].items():
-        if file_sha256(out / name) != digest:
-            raise ArtifactError(
-                f"{out / name} differs from its manifest", "pass --overwrite to make it again"
-            )
+    require_content(out, manifest)
     return manifest
 
 

@@ -139,20 +139,31 @@ def bare_tokenizer() -> PreTrainedTokenizerBase:
     )
 
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
 def _load_base(base: Path) -> tuple[Any, Any]:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     hint = "--base-model takes a local folder with config.json, weights and tokenizer files"
     if not (base / "config.json").is_file():
         raise ArtifactError(f"no Hugging Face model in {base} (config.json not found)", hint)
+    if not any((base / name).is_file() for name in TOKENIZER_FILES):  # transformers would invent one
+        raise ArtifactError(f"no tokenizer in {base}, needed one of {', '.join(TOKENIZER_FILES)}", hint)
     try:
         with quiet_loading():
             tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
-            model = AutoModelForCausalLM.from_pretrained(base, local_files_only=True, dtype="auto")
-    except (OSError, ValueError, KeyError) as exc:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                base, local_files_only=True, dtype="auto", output_loading_info=True
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as exc:
         raise ArtifactError(
-            f"{base} cannot be loaded as a causal LM: {' '.join(str(exc).split())}", hint
+            f"{base} cannot be loaded as a causal LM: {' '.join(str(exc).split())[:300]}", hint
         ) from exc
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):  # transformers draws them at random
+        raise ArtifactError(f"{base} lacks weights: {', '.join(missing[:3])}", hint)
     return model, tokenizer
 
 

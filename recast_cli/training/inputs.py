@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from recast_cli.artifacts import identity, load_manifest, require_parent
+from recast_cli.errors import DataError
 from recast_cli.recipe import Recipe
 
 
@@ -28,6 +29,16 @@ class Inputs:
         dataset, tokenizer_manifest = load_manifest(data, "dataset"), load_manifest(tokenizer, "tokenizer")
         require_parent(tokenizer_manifest, dataset, tokenizer, data)
         return cls(data, tokenizer, dataset, tokenizer_manifest)
+
+    def require_rl_rows(self) -> None:
+        """Refuse a dataset without rows for RL, before a warm start of minutes.
+
+        Raises:
+            DataError: naming the file.
+        """
+        path = self.tokenizer / "verl" / "rl.parquet"
+        if pq.read_metadata(path).num_rows == 0:
+            raise DataError(f"{path} holds no RL rows", "rerun recast prepare-data with more interactions")
 
     @property
     def num_levels(self) -> int:

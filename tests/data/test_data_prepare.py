@@ -205,9 +205,10 @@ def test_overwrite_never_replaces_what_is_no_dataset(make_source: Sources, tmp_p
     (home / "thesis.txt").write_text("years of work")
     with pytest.raises(ArtifactError, match="already exists and holds no dataset"):
         prepare(make_source(random_events()), Params(), home, overwrite=True)
-    (home / "manifest.json").write_text(json.dumps({"kind": "tokenizer"}))
-    with pytest.raises(ArtifactError, match="holds a 'tokenizer' artifact"):
-        prepare(make_source(random_events()), Params(), home, overwrite=True)
+    for text in (json.dumps({"kind": "tokenizer"}), '{"name": "a browser extension"}', "{", "[]"):
+        (home / "manifest.json").write_text(text)
+        with pytest.raises(ArtifactError, match="already exists and holds no dataset"):
+            prepare(make_source(random_events()), Params(), home, overwrite=True)
     assert (home / "thesis.txt").read_text() == "years of work"
 
 

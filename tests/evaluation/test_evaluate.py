@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from math import log, log2
 from pathlib import Path
 
@@ -259,8 +260,8 @@ def test_saved_files(by_hand: Folders, tmp_path: Path) -> None:
     assert low <= document["metrics"]["history_removed"]["model"]["hr@1"] <= high
     assert pl.read_parquet(paths[1]).equals(evaluation.users)
     named = evaluation.save(tmp_path / "x" / "arm.json")
-    assert [path.name for path in named] == ["arm.json", "arm.parquet"]
-    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["arm.json", "arm.parquet"]
+    assert [path.name for path in named] == ["arm.json", "arm.users.parquet"]
+    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == ["arm.json", "arm.users.parquet"]
     interval = evaluation.arms["model"]["history_removed"]["hr@1"]
     assert isinstance(interval, Interval)
 
@@ -296,11 +297,15 @@ def test_a_tokenizer_of_other_items_is_refused(by_hand: Folders, write: Write) -
         evaluate_model(by_hand.model, by_hand.tokenizer, other.data, "test")
 
 
-def test_a_model_with_too_few_rows_is_refused(by_hand: Folders, write: Write) -> None:
+def test_a_model_of_another_tokenizer_is_refused(write: Write, tmp_path: Path) -> None:
     small = write(SEQUENCES, [(0, row) for row in range(6)], (1, 6), name="small")
     large = write(SEQUENCES, [(3, row) for row in range(6)], (4, 9), name="large")
-    with pytest.raises(ArtifactError, match=r"has 12 embedding rows, the tokenizer has 18 tokens"):
+    with pytest.raises(ArtifactError, match="was trained with another tokenizer than"):
         evaluate_model(small.model, large.tokenizer, large.data, "test")
+    alone = tmp_path / "alone"  # a folder that does not say where it comes from
+    shutil.copytree(small.model, alone)
+    with pytest.raises(ArtifactError, match=r"has 12 embedding rows, the tokenizer has 18 tokens"):
+        evaluate_model(alone, large.tokenizer, large.data, "test")
 
 
 def test_missing_pieces(by_hand: Folders, tmp_path: Path) -> None:

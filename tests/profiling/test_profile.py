@@ -128,4 +128,4 @@ def test_arms_that_saw_other_rollouts_are_not_compared(tmp_path: Path) -> None:
 def test_a_missing_model_is_the_users_mistake(workspace: Path) -> None:
     done = recast(workspace, "profile", "recipe.yaml", "--model", "nowhere", "--out", "other")
     assert done.returncode == 2
-    assert "error: no model in nowhere (config.json not found)" in done.stderr
+    assert "error: model nowhere has no config.json" in done.stderr
