@@ -1,0 +1,35 @@
+"""The learning benchmark on one seed: RL raises the target's probability on rows that SFT has not seen."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+pytestmark = pytest.mark.verl
+
+ARMS = ["recast w-=0.25", "grpo kl=1"]
+
+
+def benchmark() -> ModuleType:
+    path = Path(__file__).parents[1] / "benchmarks" / "learning.py"
+    spec = importlib.util.spec_from_file_location("learning", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_log_prob_and_ndcg_rise_on_unseen_rows(tmp_path: Path) -> None:
+    learning = benchmark()
+    result = learning.study(tmp_path, [0], ARMS, learning.options_of())
+    for arm in ARMS:
+        for metric in ("target_log_prob", "ndcg@10"):
+            mean, low, high = result["difference"][arm][metric]
+            assert 0 < low <= mean <= high, (arm, metric, low, mean, high)
+    # The two parts of the log-prob are one sum, and so are its levels.
+    for parts in (("catalogue_mass", "log_prob_in_catalogue"), ("level_1", "level_2", "level_3")):
+        found = sum(result["difference"][ARMS[0]][part][0] for part in parts)
+        assert found == pytest.approx(result["difference"][ARMS[0]]["target_log_prob"][0], abs=1e-4)
