@@ -26,6 +26,10 @@ def require_vocabulary(model_dir: Path, vocab_size: int) -> None:
         rows = int(config.get("vocab_size") or config["text_config"]["vocab_size"])
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
         raise ArtifactError(f"{path} names no vocab_size: {exc}", "name a Hugging Face folder") from exc
+    _require_rows(model_dir, rows, vocab_size)
+
+
+def _require_rows(model_dir: Path, rows: int, vocab_size: int) -> None:
     if rows < vocab_size:
         raise ArtifactError(
             f"model {model_dir} has {rows} embedding rows, the tokenizer has {vocab_size} tokens",
@@ -85,12 +89,7 @@ def load_model(model_dir: Path, vocab_size: int, device: str) -> Any:
         logging.set_verbosity(verbosity)
     if missing := sorted(info["missing_keys"]):  # transformers draws them at random
         raise ArtifactError(f"{model_dir} lacks weights: {', '.join(missing[:3])}", hint)
-    rows = model.get_input_embeddings().weight.shape[0]
-    if rows < vocab_size:
-        raise ArtifactError(
-            f"model {model_dir} has {rows} embedding rows, the tokenizer has {vocab_size} tokens",
-            "name a model trained with this tokenizer",
-        )
+    _require_rows(model_dir, model.get_input_embeddings().weight.shape[0], vocab_size)
     return model.to(device).eval()
 
 

@@ -119,9 +119,9 @@ class Recipe(Section):
     def _fits_together(self) -> Recipe:
         if self.method.name == "sft" and self.model:
             raise ValueError(f"method sft is the warm start alone, and model names a start: {self.model}")
-        given = {key: value for key, value in _flat(self.verl) if key.endswith("ray_init.num_cpus")}
-        for key, value in given.items():
-            raise ValueError(f"verl.{key} is {value}: set ray_cpus instead, which is checked")
+        for key, value in _flat(self.verl):
+            if key.endswith("ray_init.num_cpus"):
+                raise ValueError(f"verl.{key} is {value}: set ray_cpus instead, which is checked")
         return self
 
     @model_validator(mode="after")
