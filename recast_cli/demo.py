@@ -73,11 +73,16 @@ def commands(layout: Layout, overrides: list[str], profile_options: list[str]) -
         [["prepare-data", "ml-100k", "--out", str(layout.dataset)]],
         [["build-tokenizer", "--data", str(layout.dataset), "--out", str(layout.tokenizer)]],
     ]
+    warm_start = str(layout.recipes / "warm-start.yaml")
+    batches.append([["train", warm_start, f"out={layout.run / 'sft'}", *shared]])
+    arms = []
     for recipe in RECIPES.values():
         path, folder = str(layout.recipes / f"{recipe}.yaml"), layout.run / recipe
         interrupted = (folder / "command.txt").exists() and not (folder / "manifest.json").exists()
         again = ["--overwrite"] if interrupted else []
-        batches.append([["train", path, f"out={folder}", *shared, *again]])
+        # A second thread brings one verl job next to nothing; a second job runs beside it (docs/log.md).
+        arms.append(["train", path, f"out={folder}", *shared, "threads=1", *again])
+    batches.append(arms)
     evaluations = []
     for split in SPLITS:
         for arm, model in ARMS.items():

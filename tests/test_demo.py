@@ -149,12 +149,12 @@ def test_commands_walk_the_data_flow_and_their_recipes_load(tmp_path):
     assert [step[0] for step in steps] == [
         "prepare-data",
         "build-tokenizer",
-        *["train"] * 3,
+        *["train"] * 4,
         *["evaluate"] * 8,
         "profile",
     ]
     trained = [load_recipe(step[1], step[2:]) for step in steps if step[0] == "train"]
-    assert [recipe.method.name for recipe in trained] == ["recast", "grpo", "sft-continued"]
+    assert [recipe.method.name for recipe in trained] == ["sft", "recast", "grpo", "sft-continued"]
     assert {recipe.rl.steps for recipe in trained} == {2}
     assert len({recipe.warm_start.out for recipe in trained}) == 1  # all arms start from one warm start
     assert len({str(recipe.rl) for recipe in trained}) == 1  # and get the same budget

@@ -73,39 +73,50 @@ def demo(
 def _run_together(batch: list[list[str]]) -> None:
     """Run the commands of a batch, as many at a time as there are cores, each as a user would start it.
 
-    A process of its own gives its memory back when it ends. A command alone writes to the terminal; several
-    keep their output until they are done, so that tables do not mix.
+    A process of its own gives its memory back when it ends. A command alone has the terminal to itself; of
+    several, progress comes through line by line and tables are kept until their command is done.
     """
     import subprocess
     import sys
+    from concurrent.futures import ThreadPoolExecutor
+    from typing import IO
 
     from recast_cli.environment import cpu_count
     from recast_cli.errors import EnvironmentFault
 
-    width = cpu_count() if len(batch) > 1 else 1
-    for start in range(0, len(batch), width):
-        part = batch[start : start + width]
-        shared = (
-            {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} if len(part) > 1 else {}
-        )
-        running = [
-            subprocess.Popen([sys.executable, "-m", "recast_cli.main", *arguments], **shared)  # type: ignore[call-overload]
-            for arguments in part
-        ]
-        try:
-            for arguments, process in zip(part, running, strict=True):
-                output, _ = process.communicate()
-                print(output or "", end="", flush=True)
-                if process.returncode:
-                    raise EnvironmentFault(
-                        f"`recast {arguments[0]}` ended with exit code {process.returncode}",
-                        "mend what it says above and run the demo again: finished steps are reused",
-                    )
-        finally:
-            for process in running:
-                if process.poll() is None:
-                    process.terminate()  # it ends its own children
-                    process.communicate()
+    pipe = subprocess.PIPE if len(batch) > 1 else None
+    running: list[subprocess.Popen[str]] = []
+
+    def relay(lines: IO[str]) -> None:
+        for line in lines:
+            print(line, end="", file=sys.stderr, flush=True)
+
+    def run(arguments: list[str]) -> None:
+        command = [sys.executable, "-m", "recast_cli.main", *arguments]
+        process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+        running.append(process)
+        tables = ""
+        if process.stdout and process.stderr:
+            with ThreadPoolExecutor(1) as reader:
+                reader.submit(relay, process.stderr)
+                tables = process.stdout.read()
+        if process.wait():
+            raise EnvironmentFault(
+                f"`recast {arguments[0]}` ended with exit code {process.returncode}",
+                "mend what it says above and run the demo again: finished steps are reused",
+            )
+        print(tables, end="", flush=True)
+
+    pool = ThreadPoolExecutor(cpu_count())
+    try:
+        for job in [pool.submit(run, arguments) for arguments in batch]:
+            job.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in running:
+            if process.poll() is None:
+                process.terminate()  # it ends its own children
+        pool.shutdown()
 
 
 def _show(summary: dict[str, Any], out: Path) -> None:
