@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import os
 import signal
 import sys
@@ -46,6 +47,7 @@ OS_HINTS = {
     errno.ENOTDIR: "part of that path is a file: check the path",
     errno.EISDIR: "that is a folder, a file was needed: check the path",
     errno.EEXIST: "choose another name, or remove it first",
+    errno.ENAMETOOLONG: "choose a shorter name: most disks take 255 bytes",
     errno.EMFILE: "too many open files: raise `ulimit -n`",
     errno.ENOMEM: "close other programs or make the job smaller",
 }
@@ -142,8 +144,18 @@ def report(exc: BaseException) -> int:
     return EXIT_BUG
 
 
+def _mend_streams() -> None:
+    """Give a closed stdout or stderr somewhere to write, and let stdout print paths that are not UTF-8."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # which JSON reads back as the same text
+
+
 def main() -> None:
     """Entry point: run the command, word what went wrong, and exit with the matching code."""
+    _mend_streams()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _terminate)
     try:

@@ -269,3 +269,42 @@ main.main()
 def test_a_command_that_returns_something_still_succeeds() -> None:
     assert boom("return {'a': 1}").returncode == 0
     assert boom("return True").returncode == 0
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+@pytest.mark.parametrize(("body", "code"), [("print('found')", 0), ("raise main.RecastError('bad')", 2)])
+def test_closed_streams_change_no_exit_code(closed: str, body: str, code: int) -> None:
+    program = (
+        "import sys\nfrom recast_cli import main\n"
+        f"def boom(): {body}\n"
+        "main.app.command('boom')(boom)\nsys.argv = ['recast', 'boom']\nmain.main()\n"
+    )
+    command = ["sh", "-c", f'exec "$1" -c "$2" {closed}', "sh", sys.executable, program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == code and "Traceback" not in done.stderr
+
+
+def test_a_path_that_is_not_utf8_is_printed() -> None:
+    done = boom("from recast_cli.console import print_json; print_json({'out': '/tmp/\\udcff'})")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"out": "/tmp/\udcff"}
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        ("evaluate", "--seed", "-1"),
+        ("evaluate", "--seed", str(2**31)),
+        ("evaluate", "--beam-width", "0"),
+        ("evaluate", "--max-users", "0"),
+        ("evaluate", "--batch-tokens", "0"),
+        ("recommend", "-k", "0"),
+        ("prepare-data", "--seed", "-1"),
+        ("build-tokenizer", "--seed", "-1"),
+    ],
+)
+def test_integer_options_have_bounds(command: str, option: str, value: str) -> None:
+    needed = ["--data", "d", "--tokenizer", "t"] if command in ("evaluate", "recommend") else ["--out", "o"]
+    done = recast(command, *needed, option, value)
+    assert done.returncode == 2 and "Invalid value for" in done.stderr and "than or equal to" in done.stderr
+    assert f"see `recast {command} --help`" in done.stderr

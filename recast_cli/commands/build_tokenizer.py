@@ -37,7 +37,7 @@ def build_tokenizer(
         int, typer.Option(help="Width of the model from scratch, a multiple of 64.")
     ] = 128,
     layers: Annotated[int, typer.Option(help="Layers of the model from scratch.")] = 4,
-    seed: Annotated[int, typer.Option(help="Seed of k-means and of new weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of k-means and of new weights.")] = 0,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a tokenizer that is in --out.")
     ] = False,

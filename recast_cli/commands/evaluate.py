@@ -28,16 +28,20 @@ def evaluate(
         Path | None,
         typer.Option(help="Folder for evaluation.json and users.parquet, or a name ending in .json."),
     ] = None,
-    beam_width: Annotated[int, typer.Option(help="Beams; cutoffs above it are left out.")] = 50,
+    beam_width: Annotated[int, typer.Option(min=1, help="Beams; cutoffs above it are left out.")] = 50,
     baselines: Annotated[
         bool, typer.Option("--baselines/--no-baselines", help="Popularity and item-kNN beside it.")
     ] = True,
-    max_users: Annotated[int | None, typer.Option(help="Evaluate this many users, drawn by --seed.")] = None,
+    max_users: Annotated[
+        int | None, typer.Option(min=1, help="Evaluate this many users, drawn by --seed.")
+    ] = None,
     batch_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens read at once. Default: 4096, on a GPU 65536.")
+        int | None, typer.Option(min=1, help="Most tokens read at once. Default: 4096, on a GPU 65536.")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads. Default: all cores.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap intervals and of --max-users.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**31 - 1, help="Of the bootstrap intervals and of --max-users.")
+    ] = 0,
     json_output: Annotated[bool, typer.Option("--json", help="Print evaluation.json, no table.")] = False,
 ) -> None:
     """Rank the whole catalogue for every user of a split by constrained beam search, and measure it.

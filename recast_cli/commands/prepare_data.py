@@ -64,7 +64,9 @@ def prepare_data(
     noise: Annotated[
         float | None, typer.Option(help="synthetic: probability of a random item [0.1].")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the generator; recorded for every source.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**31 - 1, help="Seed of the generator; recorded for every source.")
+    ] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a dataset in --out.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:

@@ -16,7 +16,7 @@ def recommend(
         Path | None, typer.Option(help="Hugging Face folder. Default: the untrained model of --tokenizer.")
     ] = None,
     user: Annotated[str | None, typer.Option(help="A user of the dataset instead of item ids.")] = None,
-    num_items: Annotated[int, typer.Option("--num-items", "-k", help="Length of the list.")] = 10,
+    num_items: Annotated[int, typer.Option("--num-items", "-k", min=1, help="Length of the list.")] = 10,
     keep_history: Annotated[
         bool, typer.Option("--keep-history", help="Also list items that are in the history.")
     ] = False,
