@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -66,7 +67,8 @@ def source(
 
 def interactions_frame(table: pl.DataFrame, columns: ColumnMap, path: str) -> pl.DataFrame:
     """A user's log in the shape of `RawTables.interactions`."""
-    require_columns(table, [columns.user_id, columns.item_id, columns.timestamp], path)
+    names = ("user_id", "item_id", "timestamp")
+    require_columns(table, {f"--columns {name}=": getattr(columns, name) for name in names}, path)
     timestamp, text = parse_timestamps(table[columns.timestamp], path)
     return pl.DataFrame(
         {
@@ -81,14 +83,17 @@ def interactions_frame(table: pl.DataFrame, columns: ColumnMap, path: str) -> pl
 def items_frame(table: pl.DataFrame, columns: ColumnMap, path: str) -> pl.DataFrame:
     """A user's catalogue in the shape of `RawTables.items`; `text` joins title and other texts by " | "."""
     id_column = columns.catalogue_item_id or columns.item_id
-    require_columns(table, [id_column, columns.title, *(columns.text or ())], path)
+    needed = {"--columns items.item_id=": id_column, "--columns title=": columns.title}
+    require_columns(table, needed, path)
+    for name in columns.text or ():
+        require_columns(table, {"--text-columns ": name}, path)
     others = columns.text
     if others is None:
         others = tuple(
             name for name in table.columns if name not in (id_column, columns.title) and _is_text(table[name])
         )
-    title = clean_text(table[columns.title])
-    texts = [title, *(clean_text(table[name]) for name in others)]
+    title = clean_text(table[columns.title], path)
+    texts = [title, *(clean_text(table[name], path) for name in others)]
     parts = pl.DataFrame([text.alias(str(place)) for place, text in enumerate(texts)])
     text = parts.select(pl.concat_str(pl.all(), separator=" | ", ignore_nulls=True)).to_series()
     return pl.DataFrame(
@@ -96,18 +101,24 @@ def items_frame(table: pl.DataFrame, columns: ColumnMap, path: str) -> pl.DataFr
     ).with_row_index("row", offset=1)
 
 
-def require_columns(table: pl.DataFrame, needed: Sequence[str], path: str) -> None:
+def require_columns(table: pl.DataFrame, needed: Mapping[str, str], path: str) -> None:
     """Refuse a table that lacks a column.
+
+    Args:
+        table: What was read.
+        needed: The option that names a column, up to its value -> the column.
+        path: Of the file, for the message.
 
     Raises:
         DataError: naming the first missing column and those that are there.
     """
-    missing = [name for name in needed if name not in table.columns]
-    if missing:
-        raise DataError(
-            f"{path} has no column {missing[0]!r} (found: {', '.join(table.columns)})",
-            f"map it, for example --columns {missing[0]}={table.columns[0]}",
-        )
+    for option, name in needed.items():
+        if name not in table.columns:
+            close = [*difflib.get_close_matches(name, table.columns, n=1), "COLUMN"][0]
+            raise DataError(
+                f"{path} has no column {name!r} (found: {', '.join(table.columns)})",
+                f"name the right one with {option}{close}",
+            )
 
 
 def parse_columns(text: str | None, text_columns: str | None = None) -> ColumnMap:
@@ -148,7 +159,7 @@ def clean_ids(column: pl.Series, path: str) -> pl.Series:
     Raises:
         DataError: the column holds neither text nor numbers.
     """
-    if column.dtype.is_nested() or column.dtype == pl.Object:
+    if column.dtype.is_nested() or column.dtype in (pl.Object, pl.Binary):
         raise DataError(
             f"{path} column {column.name!r} holds {column.dtype}, needed ids (text or numbers)",
             "map another column",
@@ -161,8 +172,18 @@ def clean_ids(column: pl.Series, path: str) -> pl.Series:
     return _null_if_empty(column.cast(pl.String).str.strip_chars())
 
 
-def clean_text(column: pl.Series) -> pl.Series:
-    """Text on one line, null where blank; a list of texts is joined by ", "."""
+def clean_text(column: pl.Series, path: str) -> pl.Series:
+    """Text on one line, null where blank; a list of texts is joined by ", ".
+
+    Raises:
+        DataError: the column holds neither text, numbers nor lists of them.
+    """
+    kind = column.dtype.inner if isinstance(column.dtype, pl.List) else column.dtype
+    if kind is None or pl.Series(dtype=kind).dtype.is_nested() or kind in (pl.Object, pl.Binary):
+        raise DataError(
+            f"{path} column {column.name!r} holds {column.dtype}, needed text or lists of text",
+            "name another column, or write this one as text",
+        )
     if isinstance(column.dtype, pl.List):
         column = column.cast(pl.List(pl.String)).list.drop_nulls().list.join(", ")
     return _null_if_empty(column.cast(pl.String).str.replace_all(r"\s+", " ").str.strip_chars())
@@ -219,6 +240,8 @@ def _is_text(column: pl.Series) -> bool:
     """Whether a column is worth embedding: text that is not merely numbers."""
     if isinstance(column.dtype, pl.List):
         return column.dtype.inner == pl.String
+    if column.dtype in (pl.Categorical, pl.Enum):
+        column = column.cast(pl.String)
     if column.dtype != pl.String:
         return False
     filled = _null_if_empty(column.str.strip_chars()).drop_nulls()

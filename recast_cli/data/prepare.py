@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from recast_cli.artifacts import atomic_dir, is_artifact, load_manifest, require_content, write_manifest
+from recast_cli.artifacts import atomic_dir, is_artifact, load_manifest, write_manifest
 from recast_cli.data import split
 from recast_cli.data.clean import MIN_EVENTS, Cleaned, clean, count_reasons
 from recast_cli.data.source import Source
@@ -189,7 +189,6 @@ def _find_existing(source: Source, params: Params, out: Path, overwrite: bool) -
         raise ArtifactError(
             f"{out} holds a dataset with {difference}", "choose another --out or pass --overwrite"
         )
-    require_content(out, manifest)
     return manifest
 
 

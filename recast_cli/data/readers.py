@@ -86,6 +86,8 @@ def read_bytes(path: Path, zipped: bool = False) -> bytes:
     """
     if path.is_dir():
         raise DataError(f"{path} is a folder, needed a file", "name the file inside it")
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise DataError(f"{path} is a pipe, socket or device, needed a file", "save its content in a file")
     try:
         return gzip.decompress(path.read_bytes()) if zipped else path.read_bytes()
     except FileNotFoundError as exc:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from datetime import UTC, date, datetime
 from pathlib import Path
 
@@ -185,6 +186,47 @@ def test_nested_ids_are_refused(tmp_path: Path, csv_files: tuple[Path, Path]) ->
     path.write_text(json.dumps({"user_id": {"a": 1}, "item_id": 1, "timestamp": 1}) + "\n")
     with pytest.raises(DataError, match="column 'user_id' holds Struct"):
         source(path, csv_files[1]).load()
+
+
+@pytest.mark.parametrize(
+    ("title", "kind"),
+    [([{"a": 1}], "Struct"), ([[{"a": 1}]], "List"), ([[["x"]]], "List"), ([b"\xff"], "Binary")],
+)
+def test_a_title_that_is_no_text_is_refused(title: list[object], kind: str) -> None:
+    table = pl.DataFrame({"item_id": ["a"], "title": pl.Series(title)})
+    with pytest.raises(DataError, match=f"items column 'title' holds {kind}.*needed text") as caught:
+        items_frame(table, ColumnMap(), "items")
+    assert caught.value.hint
+
+
+def test_binary_ids_are_refused() -> None:
+    table = pl.DataFrame({"item_id": [b"\xff"], "title": ["x"]})
+    with pytest.raises(DataError, match="column 'item_id' holds Binary, needed ids"):
+        items_frame(table, ColumnMap(), "items")
+
+
+def test_categories_are_text() -> None:
+    kinds = {"genre": pl.Categorical, "mood": pl.Enum(["glad"])}
+    table = pl.DataFrame({"item_id": ["a"], "title": ["A"], "genre": ["Drama"], "mood": ["glad"]})
+    assert items_frame(table.cast(kinds), ColumnMap(), "items")["text"].to_list() == ["A | Drama | glad"]
+
+
+def test_a_missing_column_hints_at_the_closest_under_our_name(tmp_path: Path, csv_files) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("user_id,item_id,tstamp\nu,a,1\n")
+    with pytest.raises(DataError, match="has no column 'timestamp'") as caught:
+        source(path, csv_files[1]).load()
+    assert caught.value.hint == "name the right one with --columns timestamp=tstamp"
+    with pytest.raises(DataError, match="has no column 'genres'") as caught:
+        table = pl.DataFrame({"item_id": ["a"], "title": ["A"], "genre": ["Drama"]})
+        items_frame(table, ColumnMap(text=("genres",)), "items")
+    assert caught.value.hint == "name the right one with --text-columns genre"
+
+
+def test_a_pipe_is_refused(tmp_path: Path, csv_files: tuple[Path, Path]) -> None:
+    os.mkfifo(tmp_path / "pipe.csv")
+    with pytest.raises(DataError, match="is a pipe, socket or device, needed a file"):
+        source(tmp_path / "pipe.csv", csv_files[1])
 
 
 def test_read_table_keeps_row_order(tmp_path: Path) -> None:
