@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -34,6 +35,11 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+@functools.lru_cache(maxsize=4096)
+def _sha256_once(path: Path, mtime_ns: int, size: int) -> str:
+    return file_sha256(path)
+
+
 def weights_sha256(model: Path) -> dict[str, str]:
     """File name -> hash of the weights of a Hugging Face folder: what identifies a model."""
     weights = sorted([*model.glob("*.safetensors"), *model.glob("pytorch_model*.bin")])
@@ -51,6 +57,10 @@ def _fsync_dir(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name[:32]}."  # a name may have 255 bytes: leave room for what is appended
 
 
 @contextlib.contextmanager
@@ -77,7 +87,7 @@ def atomic_dir(target: Path, *, replace: bool = False) -> Iterator[Path]:
         )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        scratch = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
     except OSError as exc:
         raise EnvironmentFault(
             f"cannot write in {target.parent}: {exc.strerror}", "choose another --out"
@@ -90,7 +100,7 @@ def atomic_dir(target: Path, *, replace: bool = False) -> Iterator[Path]:
                     os.fsync(handle.fileno())
         scratch.chmod(0o755)  # mkdtemp makes it private
         if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+            old = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
             os.rename(target, old / "old")
             os.rename(scratch, target)
             shutil.rmtree(old, ignore_errors=True)
@@ -123,9 +133,9 @@ def _disk_full(exc: Exception, folder: Path) -> bool:
 def atomic_text(path: Path, text: str) -> None:
     """Write a small text file all or nothing (temporary name, fsync, rename)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    fd, scratch = tempfile.mkstemp(prefix=_prefix(path), dir=path.parent)
     try:
-        with os.fdopen(fd, "w", encoding="utf-8") as handle:
+        with os.fdopen(fd, "w", encoding="utf-8", errors="backslashreplace") as handle:
             handle.write(text)
             handle.flush()
             os.fsync(handle.fileno())
@@ -188,8 +198,8 @@ def load_manifest(folder: Path, kind: str) -> dict[str, Any]:
     """Read the manifest of an artifact and check the folder against it.
 
     Raises:
-        ArtifactError: no manifest, unreadable, of another kind or format, a fact of another type, or a listed
-            file is missing.
+        ArtifactError: no manifest, unreadable, of another kind or format, a fact missing or of another type,
+            or a listed file missing or changed.
     """
     path = Path(folder) / MANIFEST
     command = {"dataset": "recast prepare-data", "tokenizer": "recast build-tokenizer"}.get(
@@ -213,7 +223,9 @@ def load_manifest(folder: Path, kind: str) -> dict[str, Any]:
             f"rerun `{command}`",
         )
     for name, needed in {"parents": dict, "files": dict, **FACTS.get(kind, {})}.items():
-        found = manifest.get(name, None if name in ("parents", "files") else needed())
+        if name not in manifest:
+            raise ArtifactError(f"{path} has no {name}, needed {needed.__name__}", f"rerun `{command}`")
+        found = manifest[name]
         if not isinstance(found, needed):
             raise ArtifactError(
                 f"{path}: {name} is {type(found).__name__}, needed {needed.__name__}", f"rerun `{command}`"
@@ -223,20 +235,14 @@ def load_manifest(folder: Path, kind: str) -> dict[str, Any]:
         raise ArtifactError(
             f"{folder} lacks {missing[0]} (and {len(missing) - 1} more)", f"rerun `{command}`"
         )
-    return manifest
-
-
-def require_content(folder: Path, manifest: dict[str, Any]) -> None:
-    """Refuse an artifact whose files are no longer those of its manifest.
-
-    Raises:
-        ArtifactError: naming the first that differs.
-    """
     for name, digest in manifest["files"].items():
-        if file_sha256(folder / name) != digest:
+        file = (Path(folder) / name).resolve()
+        stat = file.stat()
+        if _sha256_once(file, stat.st_mtime_ns, stat.st_size) != digest:
             raise ArtifactError(
-                f"{folder / name} differs from its manifest", "pass --overwrite to make it again"
+                f"{Path(folder) / name} differs from its manifest", f"rerun `{command}` with --overwrite"
             )
+    return manifest
 
 
 def identity(manifest: dict[str, Any]) -> str:

@@ -62,7 +62,8 @@ def load_model(model_dir: Path, vocab_size: int, device: str) -> Any:
     """Load a causal LM for reading.
 
     Raises:
-        ArtifactError: no model there, or fewer embedding rows than the tokenizer has tokens.
+        ArtifactError: no model there, fewer embedding rows than the tokenizer has tokens, or weights
+            that are not finite.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
@@ -90,6 +91,12 @@ def load_model(model_dir: Path, vocab_size: int, device: str) -> Any:
     if missing := sorted(info["missing_keys"]):  # transformers draws them at random
         raise ArtifactError(f"{model_dir} lacks weights: {', '.join(missing[:3])}", hint)
     _require_rows(model_dir, model.get_input_embeddings().weight.shape[0], vocab_size)
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise ArtifactError(
+                f"{model_dir} has NaN or infinite values in {name}, needed finite weights",
+                "name an earlier checkpoint, or train again with a lower learning rate",
+            )
     return model.to(device).eval()
 
 

@@ -326,11 +326,28 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_a_changed_file_is_named(tmp_path: Path) -> None:
-    manifest = dataset(tmp_path / "data")
-    artifacts.require_content(tmp_path / "data", manifest)
+    dataset(tmp_path / "data")
+    artifacts.load_manifest(tmp_path / "data", "dataset")
     (tmp_path / "data" / "sub" / "items.txt").write_text("hellu")
-    with pytest.raises(ArtifactError, match=r"sub/items\.txt differs from its manifest"):
-        artifacts.require_content(tmp_path / "data", manifest)
+    with pytest.raises(ArtifactError, match=r"sub/items\.txt differs from its manifest") as caught:
+        artifacts.load_manifest(tmp_path / "data", "dataset")
+    assert caught.value.hint == "rerun `recast prepare-data` with --overwrite"
+
+
+def test_a_missing_fact_is_named(tmp_path: Path) -> None:
+    written = dataset(tmp_path / "data")
+    del written["num_users"]
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps(written))
+    with pytest.raises(ArtifactError, match="has no num_users, needed int"):
+        artifacts.load_manifest(tmp_path / "data", "dataset")
+
+
+def test_a_name_as_long_as_the_disk_takes(tmp_path: Path) -> None:
+    for _ in range(2):
+        with artifacts.atomic_dir(tmp_path / ("x" * 255), replace=True) as scratch:
+            (scratch / "file").touch()
+    artifacts.atomic_text(tmp_path / ("y" * 255), "text")
+    assert sorted(path.name[0] for path in tmp_path.iterdir()) == ["x", "y"]
 
 
 @pytest.mark.parametrize(("fact", "found"), [("files", None), ("num_items", "three"), ("source", [])])

@@ -26,12 +26,11 @@ from recast_cli.artifacts import (
     identity,
     is_artifact,
     load_manifest,
-    require_content,
     write_manifest,
 )
 from recast_cli.core.spelling import spell
 from recast_cli.core.trie import Trie
-from recast_cli.errors import ArtifactError, RecipeError
+from recast_cli.errors import ArtifactError, DataError, RecipeError
 from recast_cli.tokenizer import embed, model, quantize, report
 from recast_cli.tokenizer.collisions import Resolution, resolve_collisions
 from recast_cli.tokenizer.inputs import read_interactions, read_items, training_events
@@ -128,6 +127,7 @@ def build(
     started = time.perf_counter()
     with atomic_dir(out, replace=overwrite) as scratch:
         facts, made = _write_files(scratch, data, items, params, chat_template, progress)
+        _check_length(dataset, params, made["max_positions"])
         if finish is not None:
             finish(scratch)
         manifest = write_manifest(
@@ -171,7 +171,19 @@ def _write_files(
         "dtype": made.dtype,
         "vocab_size": made.vocabulary.vocab_size,
         "embedding_rows": made.vocabulary.embedding_rows,
+        "max_positions": made.max_positions,
     }
+
+
+def _check_length(dataset: dict[str, Any], params: TokenizerParams, max_positions: int | None) -> None:
+    history, item_tokens = dataset["params"]["history"], len(params.codebook_sizes) + 2
+    needed = (history + 1) * item_tokens
+    if max_positions is not None and needed > max_positions:
+        raise DataError(
+            f"a history of {history} items and the next one are {needed} tokens, "
+            f"the model reads at most {max_positions}",
+            f"rerun `recast prepare-data` with --history {max_positions // item_tokens - 1} or less",
+        )
 
 
 def _recorded(params: TokenizerParams, chat_template: str) -> dict[str, Any]:
@@ -214,7 +226,6 @@ def _find_existing(
         raise ArtifactError(
             f"{out} holds a tokenizer {difference}", "choose another --out or pass --overwrite"
         )
-    require_content(out, manifest)
     return manifest
 
 

@@ -35,12 +35,14 @@ class ModelFacts:
         architecture: e.g. `Qwen3ForCausalLM`.
         num_parameters: tied weights counted once.
         dtype: of the weights, e.g. `float32`.
+        max_positions: longest text the model reads; None if its config sets no limit.
     """
 
     vocabulary: Vocabulary
     architecture: str
     num_parameters: int
     dtype: str
+    max_positions: int | None
 
 
 def write_scratch_model(
@@ -208,4 +210,5 @@ def _save(
         architecture=type(model).__name__,
         num_parameters=model.num_parameters(),
         dtype=str(model.dtype).removeprefix("torch."),
+        max_positions=getattr(model.config, "max_position_embeddings", None),
     )

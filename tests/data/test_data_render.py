@@ -13,6 +13,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from sealing import reseal
 
 from recast_cli.artifacts import load_manifest
 from recast_cli.data.prepare import Params, prepare
@@ -212,6 +213,7 @@ def test_missing_and_duplicate_index(rendered: tuple[Path, Path], tmp_path: Path
     taken = pq.read_table(data / "validation.parquet")["index"]
     for column in (missing, taken):
         pq.write_table(table.set_column(0, "index", column), data / "test.parquet")
+        reseal(data)
         with pytest.raises(DataError, match=r"test.parquet row 0 has"):
             render(data, SIDS, tmp_path / "again")
         assert not (tmp_path / "again").exists()

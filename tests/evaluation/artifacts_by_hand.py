@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import torch
+from sealing import reseal, whole
 
 from recast_cli.artifacts import identity, load_manifest, write_manifest
 from recast_cli.core.spelling import spell
@@ -76,6 +77,7 @@ def write_dataset(folder: Path, sequences: Sequences, num_items: int, history: i
         num_users=len(users),
         num_items=num_items,
         num_interactions=len(events),
+        rows={},
         params={"history": history, "rl_rows": "sft"},
         source={"name": "by-hand", "sha256": ""},
     )
@@ -94,9 +96,8 @@ def write_tokenizer(folder: Path, data: Path, codes_NL: np.ndarray, sizes: Seque
     (folder / "vocabulary.json").write_text(facts.vocabulary.to_json())
     render(data, folder / "semantic_ids.parquet", folder / "verl")
     manifest = load_manifest(data, "dataset")
-    write_manifest(
-        folder, "tokenizer", parents={"dataset": identity(manifest)}, seed=0, num_items=len(codes_NL)
-    )
+    facts_of_kind = whole("tokenizer", num_items=len(codes_NL), num_levels=len(sizes))
+    write_manifest(folder, "tokenizer", parents={"dataset": identity(manifest)}, seed=0, **facts_of_kind)
 
 
 def bigram_model(folders: Folders, first: Sequence[float], then: dict[int, Sequence[float]]) -> None:
@@ -133,4 +134,5 @@ def bigram_model(folders: Folders, first: Sequence[float], then: dict[int, Seque
         model.lm_head.weight.zero_()
         model.lm_head.weight[:, :size] = table_VV.T / width**0.5
     model.save_pretrained(folders.model)
+    reseal(folders.tokenizer)
     assert len(AutoTokenizer.from_pretrained(folders.model)) == size  # the tokenizer stays

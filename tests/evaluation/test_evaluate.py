@@ -14,6 +14,7 @@ import torch
 from artifacts_by_hand import Folders, Write, bigram_model
 from safetensors.torch import load_file, save_file
 from scipy.stats import binom
+from sealing import reseal
 
 from recast_cli.core.ranking import Interval
 from recast_cli.core.trie import Trie
@@ -185,6 +186,7 @@ def test_validity_is_read_from_the_catalogue_not_from_the_trie(with_holes: Folde
     # A trie that leads to cells which are no items: its own mask is content.
     wrong = random_codes(30, (8, 8, 8), seed=5)
     Trie.from_codes(wrong, (8, 8, 8)).save(with_holes.tokenizer / "trie.npz")
+    reseal(with_holes.tokenizer)
     sids = pl.read_parquet(with_holes.tokenizer / "semantic_ids.parquet")["sid"].to_list()
     right = {tuple(map(int, sid.replace(">", "_").split("_")[4::3][:3])) for sid in sids}
     num_right = sum(tuple(codes) in right for codes in wrong.tolist())
@@ -324,10 +326,22 @@ def test_damaged_weights_are_refused(by_hand: Folders) -> None:
     tensors = load_file(path)
     del tensors["model.norm.weight"]  # transformers would fill it in, without an error
     save_file(tensors, path, metadata={"format": "pt"})
+    reseal(by_hand.tokenizer)
     with pytest.raises(ArtifactError, match=r"lacks weights: model\.norm\.weight"):
         run(by_hand)
     path.write_bytes(b"not weights")
+    reseal(by_hand.tokenizer)
     with pytest.raises(ArtifactError, match="cannot be loaded"):
+        run(by_hand)
+
+
+def test_weights_that_are_not_finite_are_refused(by_hand: Folders) -> None:
+    path = by_hand.model / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, path, metadata={"format": "pt"})
+    reseal(by_hand.tokenizer)
+    with pytest.raises(ArtifactError, match=r"NaN or infinite values in model\.norm\.weight"):
         run(by_hand)
 
 
@@ -335,12 +349,15 @@ def test_prompts_of_other_rows_are_refused(by_hand: Folders) -> None:
     path = by_hand.tokenizer / "verl" / "test.parquet"
     table = pl.read_parquet(path)
     table[:-1].write_parquet(path)
+    reseal(by_hand.tokenizer)
     with pytest.raises(ArtifactError, match="rendered from other rows"):
         run(by_hand)
     pl.concat([table, table[:1]]).write_parquet(path)
+    reseal(by_hand.tokenizer)
     with pytest.raises(ArtifactError, match="rendered from other rows"):
         run(by_hand)
     swapped = table.with_columns(reward_model=pl.col("reward_model").reverse())
     swapped.write_parquet(path)
+    reseal(by_hand.tokenizer)
     with pytest.raises(ArtifactError, match="is not the semantic ID of item"):
         run(by_hand)

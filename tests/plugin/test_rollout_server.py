@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from sealing import reseal
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from verl.workers.config import HFModelConfig, RolloutConfig
 
@@ -166,6 +167,7 @@ def test_trie_of_other_items_makes_the_invalid_count_rise(
     shutil.copytree(tokenizer_folder, folder)
     codes_NL = np.stack(np.meshgrid(*[np.arange(8)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
     Trie.from_codes(codes_NL, (8, 8, 8)).save(folder / "trie.npz")  # everything is allowed
+    reseal(folder)
     out = generate(make_server(folder), prompts, list(range(6)))
     found = score(folder, rows, out["codes_BGL"])
     assert found["invalid"] > 0.5  # 40 of 512 codes are items

@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from sealing import reseal
 from tokenizer_dataset import NUM_ITEMS, SIZES, TEMPLATE, write_dataset
 from typer.testing import CliRunner
 
 from recast_cli.artifacts import identity, load_manifest, write_manifest
 from recast_cli.core.spelling import parse
 from recast_cli.core.trie import Trie
-from recast_cli.errors import ArtifactError, RecastError, RecipeError
+from recast_cli.errors import ArtifactError, DataError, RecastError, RecipeError
 from recast_cli.tokenizer.build import TokenizerParams, build
 from recast_cli.vocabulary import Vocabulary
 
@@ -165,6 +166,17 @@ def test_bad_options(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_history_longer_than_the_model_reads(tmp_path: Path, small_params: TokenizerParams) -> None:
+    # 5 tokens an item: 819 items are 4,095 of the model's 4,096.
+    fits = write_dataset(tmp_path / "fits", history=818)
+    build(fits, tmp_path / "out", small_params, chat_template=TEMPLATE)
+    longer = write_dataset(tmp_path / "longer", history=819)
+    with pytest.raises(DataError, match="are 4100 tokens, the model reads at most 4096") as caught:
+        build(longer, tmp_path / "too-long", small_params, chat_template=TEMPLATE)
+    assert caught.value.hint and "--history 818 or less" in caught.value.hint
+    assert not (tmp_path / "too-long").exists()
+
+
 def test_bad_datasets(dataset: Path, tmp_path: Path, small_params: TokenizerParams) -> None:
     def attempt(data: Path) -> RecastError:
         with pytest.raises(ArtifactError) as caught:
@@ -178,8 +190,10 @@ def test_bad_datasets(dataset: Path, tmp_path: Path, small_params: TokenizerPara
     assert "needed 'dataset'" in attempt(tmp_path / "wrong").message
     items = pl.read_parquet(dataset / "items.parquet")
     items.drop("text").write_parquet(dataset / "items.parquet")
+    reseal(dataset)
     assert "lacks item_id, text" in attempt(dataset).message
     items.head(100).write_parquet(dataset / "items.parquet")
+    reseal(dataset)
     assert "holds 100 items in 100 rows, its manifest says 120" in attempt(dataset).message
     (dataset / "items.parquet").write_bytes(b"damage")
     assert "items.parquet" in attempt(dataset).message

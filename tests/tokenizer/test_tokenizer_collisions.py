@@ -64,7 +64,7 @@ def test_a_full_prefix_overflows_one_level_up() -> None:
     assert found.codes_NL[1].tolist() == [0, 1]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     sizes=st.lists(st.integers(2, 4), min_size=1, max_size=3),
     fill=st.floats(0.5, 1.0),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+from sealing import whole
 
 from recast_cli.artifacts import write_manifest
 
@@ -17,7 +18,9 @@ NUM_ITEMS = 120
 SIZES = (8, 8, 8)
 
 
-def write_dataset(folder: Path, *, num_items: int = NUM_ITEMS, last_two: int = 0, text: bool = True) -> Path:
+def write_dataset(
+    folder: Path, *, num_items: int = NUM_ITEMS, last_two: int = 0, text: bool = True, history: int = 10
+) -> Path:
     """Write a dataset by hand; `last_two` shifts every user's last two items and nothing else."""
     folder.mkdir()
     ids = [str(item + 1) for item in range(num_items)]
@@ -33,5 +36,6 @@ def write_dataset(folder: Path, *, num_items: int = NUM_ITEMS, last_two: int = 0
         rows += [(f"u{user:03d}", ids[item], float(place), place) for place, item in enumerate(sequence)]
     schema = {"user_id": pl.String, "item_id": pl.String, "timestamp": pl.Float64, "position": pl.Int32}
     pl.DataFrame(rows, schema=schema, orient="row").write_parquet(folder / "interactions.parquet")
-    write_manifest(folder, "dataset", seed=0, num_users=60, num_items=num_items, num_interactions=len(rows))
+    facts = whole("dataset", num_users=60, num_items=num_items, params={"history": history})
+    write_manifest(folder, "dataset", seed=0, num_interactions=len(rows), **facts)
     return folder

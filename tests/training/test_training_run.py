@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from sealing import reseal, whole
 from training_artifacts import MODEL_BYTES, NUM_RL_ROWS, sid, write_artifacts
 
 from recast_cli.artifacts import weights_sha256, write_manifest
@@ -80,7 +80,7 @@ def test_tokenizer_of_another_dataset_is_refused(make_recipe, tmp_path: Path) ->
     other = tmp_path / "other"
     other.mkdir()
     (other / "items.parquet").write_bytes(b"13 items")
-    write_manifest(other, "dataset", num_items=13, params={"history": 4})
+    write_manifest(other, "dataset", **whole("dataset", num_items=13, params={"history": 4}))
     with pytest.raises(ArtifactError, match=r"built for another dataset .*12 items against 13"):
         Inputs.load(make_recipe(data=str(other)))
     with pytest.raises(ArtifactError, match="holds a 'tokenizer' artifact, needed 'dataset'"):
@@ -179,9 +179,8 @@ def test_run_of_another_recipe_or_of_other_data_is_refused(
     assert "--overwrite" in caught.value.hint
     with pytest.raises(ArtifactError, match="another recipe or data"):
         run.find(make_recipe(method={"name": "grpo"}), inputs, model_of(inputs))
-    manifest = json.loads((tmp_path / "tokenizer" / "manifest.json").read_text())
-    manifest["files"]["model/model.safetensors"] = "0" * 64
-    (tmp_path / "tokenizer" / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "tokenizer" / "model" / "model.safetensors").write_bytes(b"others")
+    reseal(tmp_path / "tokenizer")
     with pytest.raises(ArtifactError, match="another recipe or data"):
         run.find(make_recipe(), Inputs.load(make_recipe()), model_of(inputs))
 
@@ -197,7 +196,9 @@ def test_unfinished_run_is_refused(make_recipe, inputs: Inputs, tmp_path: Path) 
 def finish_warm_start(recipe, inputs: Inputs) -> Path:
     folder = warm_start.folder_of(recipe)
     folder.mkdir(parents=True)
-    write_manifest(folder, "warm-start", parents=inputs.parents, **warm_start.facts(recipe))
+    write_manifest(
+        folder, "warm-start", parents=inputs.parents, **whole("warm-start", **warm_start.facts(recipe))
+    )
     return folder
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from sealing import whole
 
 from recast_cli.artifacts import identity, write_manifest
 
@@ -42,7 +43,7 @@ def write_artifacts(folder: Path, *, num_rl_rows: int = NUM_RL_ROWS) -> tuple[Pa
     for path in (data, tokenizer / "verl", tokenizer / "model"):
         path.mkdir(parents=True)
     (data / "items.parquet").write_bytes(b"12 items")  # its hash is the dataset's identity
-    dataset = write_manifest(data, "dataset", num_items=12, params={"history": HISTORY})
+    dataset = write_manifest(data, "dataset", **whole("dataset", num_items=12, params={"history": HISTORY}))
     schema = pa.Table.from_pylist([rl_row(0)]).schema
     rows = pa.Table.from_pylist([rl_row(i) for i in range(num_rl_rows)], schema=schema)
     for name in ("rl", "validation"):
@@ -50,7 +51,6 @@ def write_artifacts(folder: Path, *, num_rl_rows: int = NUM_RL_ROWS) -> tuple[Pa
     messages = [[{"role": "assistant", "content": sid(i)}] for i in range(NUM_WINDOWS)]
     pq.write_table(pa.table({"messages": messages}), tokenizer / "verl" / "sft.parquet")
     (tokenizer / "model" / "model.safetensors").write_bytes(b"0" * MODEL_BYTES)
-    write_manifest(
-        tokenizer, "tokenizer", parents={"dataset": identity(dataset)}, num_items=12, num_levels=LEVELS
-    )
+    facts = whole("tokenizer", num_items=12, num_levels=LEVELS)
+    write_manifest(tokenizer, "tokenizer", parents={"dataset": identity(dataset)}, **facts)
     return data, tokenizer
