@@ -1,4 +1,10 @@
 import os
 
+from hypothesis import settings
+
 # As `recast` itself does: torch's threads must not spin while they wait for one another.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# A limit on the time of one example finds busy machines, not faults.
+settings.register_profile("recast", deadline=None)
+settings.load_profile("recast")

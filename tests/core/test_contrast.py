@@ -85,7 +85,7 @@ def _reference(rewards, scores, keys, present, valid, repair):
     return anchor, positive, negative
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.integers(0, 2**32 - 1), st.booleans())
 def test_matches_the_plain_loop_on_ragged_groups(seed, repair):
     rng = np.random.default_rng(seed)
@@ -101,7 +101,7 @@ def test_matches_the_plain_loop_on_ragged_groups(seed, repair):
         assert (found.anchor_B[b], found.positive_B[b], found.negative_B[b]) == expected
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(0, 2**32 - 1))
 def test_permuting_a_group_permutes_its_answer(seed):
     rng = np.random.default_rng(seed)

@@ -9,7 +9,7 @@ from math import inf
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chi2
 from transformers import (
@@ -271,7 +271,6 @@ def test_draw_by_hand() -> None:
 @given(
     st.lists(st.floats(-60, 60, width=32), min_size=1, max_size=6), st.integers(0, 5), st.integers(1, 2**53)
 )
-@settings(deadline=None)
 def test_draw_is_always_possible(logits: list[float], hole: int, steps: int) -> None:
     """Also for the uniforms next to 1, whatever the probabilities add up to."""
     log_probs = torch.tensor([[[-inf, *logits, -inf]]])

@@ -66,7 +66,7 @@ def _phi(prediction, target):
     return {0: 0.0}.get(matched, 10.0 ** (matched - len(target)))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 2**32 - 1))
 def test_scores_match_plain_loops(seed):
     rng = np.random.default_rng(seed)

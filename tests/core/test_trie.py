@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from recast_cli.core.trie import Trie
@@ -47,7 +47,6 @@ def expected_mask(items: list[tuple[int, ...]], prefix: tuple[int, ...], size: i
 
 
 @given(catalogues())
-@settings(deadline=None)
 def test_masks_equal_set_membership(catalogue: Catalogue) -> None:
     items, sizes = catalogue
     trie = build(catalogue)
@@ -59,7 +58,6 @@ def test_masks_equal_set_membership(catalogue: Catalogue) -> None:
 
 
 @given(catalogues())
-@settings(deadline=None)
 def test_every_path_is_an_item_and_every_item_is_reached(catalogue: Catalogue) -> None:
     items, sizes = catalogue
     trie = build(catalogue)
@@ -77,7 +75,6 @@ def test_every_path_is_an_item_and_every_item_is_reached(catalogue: Catalogue) -
 
 
 @given(catalogues())
-@settings(deadline=None)
 def test_child_and_mask_agree_on_every_code(catalogue: Catalogue) -> None:
     trie = build(catalogue)
     for level, size in enumerate(trie.codebook_sizes):
@@ -98,7 +95,6 @@ def test_child_and_mask_agree_on_every_code(catalogue: Catalogue) -> None:
 
 
 @given(catalogues(), st.data())
-@settings(deadline=None)
 def test_exclusion_equals_a_trie_without_those_items(catalogue: Catalogue, data: st.DataObject) -> None:
     items, sizes = catalogue
     trie = build(catalogue)
@@ -118,7 +114,6 @@ def test_exclusion_equals_a_trie_without_those_items(catalogue: Catalogue, data:
 
 
 @given(catalogues())
-@settings(deadline=None)
 def test_lookup_finds_items_and_nothing_else(catalogue: Catalogue) -> None:
     items, sizes = catalogue
     every = list(np.ndindex(*sizes))
@@ -231,7 +226,6 @@ def test_codes_survive_the_narrowest_type(size: int) -> None:
 
 
 @given(catalogues())
-@settings(deadline=None)
 def test_save_and_load(tmp_path_factory: pytest.TempPathFactory, catalogue: Catalogue) -> None:
     trie, path = build(catalogue), tmp_path_factory.mktemp("trie") / "trie"
     trie.save(path)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 
@@ -80,7 +80,6 @@ EVENTS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 7)), max_size=30)
 
 
 @given(EVENTS, st.lists(st.integers(0, 7), max_size=6))
-@settings(deadline=None)
 def test_item_knn_matches_loops(events: list[tuple[int, int]], history: list[int]) -> None:
     user_E = np.array([user for user, _ in events], dtype=np.int64)
     item_E = np.array([item for _, item in events], dtype=np.int64)
