@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
+from recast_cli.core.spelling import level_of
 from verl_recast.reward import target_texts
 
 
@@ -123,42 +125,82 @@ def _plain(column: Any) -> list[Any]:
     return column.tolist() if hasattr(column, "tolist") else list(column)
 
 
+def response_fields(prompt: torch.Tensor, response: torch.Tensor, reward: float) -> dict[str, torch.Tensor]:
+    """What the actor reads of one rollout, as verl's own agent loop writes it; the reward sits on the last
+    token."""
+    mask = torch.ones_like(response)
+    scores = torch.zeros(len(response), dtype=torch.float32)
+    scores[-1] = reward
+    return {
+        "responses": response,
+        "response_mask": mask,
+        "loss_mask": mask,
+        "input_ids": torch.cat([prompt, response]),
+        "position_ids": torch.arange(len(prompt) + len(response)),
+        "rm_scores": scores,
+    }
+
+
+def anchor_tokens(response: Sequence[int], target: Sequence[int], tokenizer: Any) -> list[int]:
+    """Token ids of the anchor: the replaced rollout with its last semantic ID swapped for the target's.
+
+    What stands round it stays, above all the end token: were it missing, the negative's would be pushed down
+    alone, step after step. A rollout without a semantic ID lends its end token only.
+
+    Raises:
+        ValueError: the target is no semantic ID of one token a code.
+    """
+    levels = [level_of(token) for token in tokenizer.convert_ids_to_tokens(list(target))]
+    codes = [token for token, level in zip(target, levels, strict=True) if level >= 0]
+    length = len(codes)
+    if not codes or [level for level in levels if level >= 0] != list(range(length)):
+        raise ValueError(
+            f"reward_model.ground_truth {tokenizer.decode(list(target))!r} is {len(target)} tokens, needed "
+            "one for each code: add the code tokens <s_a_0>, <s_a_1>, ... to the model's vocabulary"
+        )
+    found = [level_of(token) for token in tokenizer.convert_ids_to_tokens(list(response))]
+    for start in range(len(found) - length, -1, -1):
+        if found[start : start + length] == list(range(length)):
+            return [*response[:start], *codes, *response[start + length :]]
+    end = [token for token in response[-1:] if token == tokenizer.eos_token_id]
+    return [*target, *end]
+
+
 def anchor_fields(
     batch: KVBatchMeta, rows: list[int], targets: list[str], tokenizer: Any
 ) -> tuple[TensorDict, list[dict[str, Any]]]:
-    """Fields and tags that turn rollouts into anchors: the target's codes as the response, reward 1.
+    """Fields and tags that turn rollouts into anchors (see `anchor_tokens`), reward 1.
 
     No sampling log-prob is imported for an anchor: its old log-prob is computed by the actor like any
     other's.
     """
     keys = [batch.keys[row] for row in rows]
     data = tq.kv_batch_get(
-        keys=keys, partition_id=batch.partition_id, select_fields=["prompts", "extra_fields"]
+        keys=keys, partition_id=batch.partition_id, select_fields=["prompts", "responses", "extra_fields"]
     )
-    extra_fields = _plain(data["extra_fields"])
+    replaced = zip(
+        data["prompts"].unbind(), data["responses"].unbind(), _plain(data["extra_fields"]), strict=True
+    )
     records, tags = [], []
-    for i, (prompt, target, row) in enumerate(zip(data["prompts"].unbind(), targets, rows, strict=True)):
-        response = torch.tensor(tokenizer(target, add_special_tokens=False)["input_ids"], dtype=torch.int64)
-        mask = torch.ones_like(response)
-        scores = torch.zeros(len(response), dtype=torch.float32)
-        scores[-1] = 1.0
-        length = len(prompt) + len(response)
+    for (prompt, old, extra_fields), target, row in zip(replaced, targets, rows, strict=True):
+        codes = tokenizer(target, add_special_tokens=False)["input_ids"]
+        response = torch.tensor(anchor_tokens(old.tolist(), codes, tokenizer), dtype=torch.int64)
         info = {"hit": 1.0, "structural_score": 1.0, "valid": 1.0}
-        records.append(
-            {
-                "responses": response,
-                "response_mask": mask,
-                "loss_mask": mask,
-                "input_ids": torch.cat([prompt, response]),
-                "position_ids": torch.arange(length),
-                "rm_scores": scores,
-                "extra_fields": {**extra_fields[i], "reward_extra_info": info, "producer": "anchor"},
-            }
-        )
-        tags.append(
-            {**batch.tags[row], "response_len": len(response), "seq_len": length, "producer": "anchor"}
-        )
+        extra_fields = {**extra_fields, "reward_extra_info": info, "producer": "anchor"}
+        records.append({**response_fields(prompt, response, 1.0), "extra_fields": extra_fields})
+        lengths = {"response_len": len(response), "seq_len": len(prompt) + len(response)}
+        tags.append({**batch.tags[row], **lengths, "producer": "anchor"})
     return list_of_dict_to_tensordict(records), tags
+
+
+def share_without_hit(rows_of_groups: Sequence[Sequence[int]], hits: Set[int]) -> float:
+    """Share of the groups none of whose rows is a hit.
+
+    Args:
+        rows_of_groups: Row numbers of every group.
+        hits: Row numbers with a reward above 0.
+    """
+    return sum(hits.isdisjoint(rows) for rows in rows_of_groups) / len(rows_of_groups)
 
 
 def minibatch_order(

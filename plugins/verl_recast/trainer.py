@@ -27,7 +27,7 @@ from recast_cli.core.contrast import Selection, select_pairs
 from recast_cli.core.seeding import hash64, tie_keys
 from recast_cli.core.signal import group_statistics
 from verl_recast import estimator
-from verl_recast.groups import Groups, anchor_fields, gather_groups, minibatch_order
+from verl_recast.groups import Groups, anchor_fields, gather_groups, minibatch_order, share_without_hit
 from verl_recast.settings import RecastSettings
 
 logger = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ class PPOTrainerRecast(PPOTrainerSync):
         )
         metrics.update(_signal_metrics(groups, selection, batch))
         self._put_anchors(batch, groups, selection)
-        metrics["signal/all_zero_after_repair"] = self._all_zero_after_repair(batch, groups, selection)
+        metrics["signal/all_zero_after_repair"] = self._all_zero_after_repair(batch, groups)
 
         trainable = np.flatnonzero(selection.trainable_B)
         self.no_signal = len(trainable) == 0
@@ -182,18 +182,12 @@ class PPOTrainerRecast(PPOTrainerSync):
         for row, tag in zip(rows, tags, strict=True):
             batch.tags[row] = tag
 
-    def _all_zero_after_repair(self, batch: KVBatchMeta, groups: Groups, selection: Selection) -> float:
-        """Share of the groups without a positive reward in the TransferQueue, counted there after repair."""
-        empty_B = np.flatnonzero(selection.all_zero_B)
-        rows = groups.rows_BG[empty_B][groups.present_BG[empty_B]].tolist()
-        if not rows:
-            return 0.0
-        keys = [batch.keys[row] for row in rows]
-        data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=["rm_scores"])
-        scores = zip(rows, data["rm_scores"].unbind(), strict=True)
-        hits = {row for row, score in scores if float(score.sum()) > 0}
-        still_empty = [b for b in empty_B if hits.isdisjoint(groups.rows_BG[b].tolist())]
-        return len(still_empty) / len(groups.index_B)
+    def _all_zero_after_repair(self, batch: KVBatchMeta, groups: Groups) -> float:
+        """Share of the groups without a positive reward, counted in the TransferQueue after repair."""
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["rm_scores"])
+        hits = {row for row, score in enumerate(data["rm_scores"].unbind()) if float(score.sum()) > 0}
+        members = [rows_G[rows_G >= 0].tolist() for rows_G in groups.rows_BG]
+        return share_without_hit(members, hits)
 
     def _keep(
         self, batch: KVBatchMeta, rows_B2: dict[int, list[int]], num_groups: int, metrics: dict

@@ -19,6 +19,12 @@ def code_token(level: int, code: int) -> str:
     return f"<s_{LEVELS[level]}_{code}>"
 
 
+def level_of(token: str) -> int:
+    """Level of a code token, e.g. 1 for `<s_b_7>`; -1 for any other token."""
+    match = _CODE.fullmatch(token)
+    return LEVELS.index(match[1]) if match else -1
+
+
 def spell(codes: Sequence[int], *, enclose: bool = True) -> str:
     """Text of one semantic ID; without `enclose`, its codes only."""
     text = "".join(code_token(level, int(code)) for level, code in enumerate(codes))

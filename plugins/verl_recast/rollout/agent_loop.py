@@ -27,6 +27,7 @@ from recast_cli.core.signal import group_statistics
 from recast_cli.core.spelling import find_all
 from recast_cli.vocabulary import encode_prompts
 from verl_recast.catalogue import Catalogue
+from verl_recast.groups import response_fields
 from verl_recast.reward import target_texts
 from verl_recast.settings import RecastSettings
 
@@ -164,22 +165,13 @@ class GroupLoopWorker(AgentLoopWorker):
 def _record(
     row: dict[str, Any], prompt: list[int], response: torch.Tensor, info: dict[str, Any], weights_step: int
 ) -> dict[str, Any]:
-    """The fields of one rollout, as verl's own agent loop writes them; the reward sits on the last token."""
+    """The fields of one rollout, as verl's own agent loop writes them."""
     prompt_ids = torch.tensor(prompt, dtype=torch.int64)
-    input_ids = torch.cat([prompt_ids, response])
-    mask = torch.ones_like(response)
-    scores = torch.zeros(len(response), dtype=torch.float32)
-    scores[-1] = float(info["hit"])
     steps = dict.fromkeys(("global_steps", "min_global_steps", "max_global_steps"), weights_step)
     fields: dict[str, Any] = {name: row[name] for name in DATASET_FIELDS if name in row}
     fields |= {
         "prompts": prompt_ids,
-        "responses": response,
-        "response_mask": mask,
-        "loss_mask": mask,
-        "input_ids": input_ids,
-        "position_ids": torch.arange(len(input_ids)),
-        "rm_scores": scores,
+        **response_fields(prompt_ids, response, float(info["hit"])),
         "num_turns": 2,
         "extra_fields": {
             "reward_extra_info": {name: float(value) for name, value in info.items()},
