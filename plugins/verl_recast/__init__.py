@@ -7,11 +7,14 @@ Importing it only plants import hooks; each piece registers itself when verl imp
 - trainer mode `recast`         trainer.v1.trainer_mode=recast
 - rollout engine `recast_sid`   actor_rollout_ref.rollout.name=recast_sid
 - platform `cpu`                environment variable VERL_PLATFORM=cpu
+- cost of each engine call      environment variable RECAST_MEASURE=FILE (`recast profile`)
 
 A process that uses none of them is left as it was.
 """
 
 from __future__ import annotations
+
+import os
 
 from verl_recast.import_hooks import after_import
 
@@ -62,8 +65,18 @@ def _register_engine() -> None:
     from verl_recast.platform import engine  # noqa: F401  (its class decorator registers it)
 
 
+def _measure_engine() -> None:
+    from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
+
+    from verl_recast import measure
+
+    measure.wrap(FSDPEngine)
+
+
 after_import("verl.plugin.platform", _register_platform)
 after_import("verl.trainer.ppo.core_algos", _register_estimator)
 after_import("verl.trainer.ppo.v1.trainer_sync", _register_trainer)
 after_import("verl.workers.rollout.replica", _register_replica)
 after_import("verl.workers.rollout.base", _register_rollout)
+if os.environ.get("RECAST_MEASURE"):
+    after_import("verl.workers.engine.fsdp.transformer_impl", _measure_engine)

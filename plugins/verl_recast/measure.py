@@ -8,6 +8,7 @@ are for timing and the others for memory. Without the first variable nothing is 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import time
@@ -144,6 +145,29 @@ def phase(name: str, engine: Any, data: Any) -> Iterator[None]:
         record |= _size(data)
     with open(path, "a", encoding="utf-8") as log:
         log.write(json.dumps(record) + "\n")
+
+
+def wrap(engine_class: type) -> None:
+    """Measure what a class of verl engines (and every subclass) does in a step, on whatever device it runs.
+
+    Args:
+        engine_class: Has `forward_backward_batch`, `optimizer_step` and, on its instances, `engine_config`.
+    """
+    forward_backward, step = engine_class.forward_backward_batch, engine_class.optimizer_step  # type: ignore[attr-defined]
+
+    @functools.wraps(forward_backward)
+    def measured_batch(self: Any, data: Any, loss_function: Any, forward_only: bool = False) -> Any:
+        name = phase_name(reference=self.engine_config.forward_only, forward_only=forward_only)
+        with phase(name, self, data):
+            return forward_backward(self, data, loss_function, forward_only)
+
+    @functools.wraps(step)
+    def measured_step(self: Any) -> Any:
+        with phase("optimizer", self, None):
+            return step(self)
+
+    engine_class.forward_backward_batch = measured_batch  # type: ignore[attr-defined]
+    engine_class.optimizer_step = measured_step  # type: ignore[attr-defined]
 
 
 def _size(data: Any) -> dict[str, int]:

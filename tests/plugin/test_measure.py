@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from verl_recast.platform import measure
-from verl_recast.platform.measure import AllocationTracker, phase, phase_name
+from verl_recast import measure
+from verl_recast.measure import AllocationTracker, phase, phase_name, wrap
 
 KB = 1000 * 4  # 1000 float32
 
@@ -117,6 +118,31 @@ def test_a_call_is_described(log: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert second["resident_bytes"] == weights + moments + counters
     assert optimizer["resident_bytes"] == weights + moments + counters + 8 * 4, "and gradients"
     assert first["wall_s"] > 0
+
+
+def test_every_engine_below_a_wrapped_class_is_measured(log: Path) -> None:
+    class Engine:
+        def __init__(self, *, reference: bool) -> None:
+            self.module = torch.nn.Linear(3, 2)
+            self.engine_config = types.SimpleNamespace(forward_only=reference)
+
+        def forward_backward_batch(self, data: Any, loss: Any, forward_only: bool = False) -> tuple[Any, ...]:
+            return loss, forward_only
+
+        def optimizer_step(self) -> float:
+            return 0.5
+
+    class Special(Engine):
+        pass
+
+    wrap(Engine)
+    actor, reference = Special(reference=False), Special(reference=True)
+    assert reference.forward_backward_batch(None, "loss", forward_only=True) == ("loss", True)
+    assert actor.forward_backward_batch(None, "loss", True) == ("loss", True)
+    assert actor.forward_backward_batch(None, "loss") == ("loss", False)
+    assert actor.optimizer_step() == 0.5
+    phases = [json.loads(line)["phase"] for line in log.read_text().splitlines()]
+    assert phases == ["ref_log_prob", "old_log_prob", "actor_update", "optimizer"]
 
 
 def test_nothing_is_written_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,10 @@
 """verl's FSDP engine on the CPU platform.
 
 One rank runs the plain module: FSDP1 cannot run there (it insists on an accelerator for its state sync) and
-FSDP2's reference model wants pinned memory. More ranks use FSDP2 over gloo, verl's own code path.
+FSDP2's reference model wants pinned memory.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from verl.utils import torch_functional
@@ -15,7 +13,7 @@ from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp import transformer_impl
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from verl_recast.platform import measure, micro_batches
+from verl_recast.platform import micro_batches
 from verl_recast.platform.log_probs import log_probs_from_logits
 
 # Both names are looked up at each call, and in a process on the CPU platform this is the only engine.
@@ -34,12 +32,3 @@ class CPUEngine(FSDPEngineWithLMHead):
         self._autocast_dtype = PrecisionType.to_dtype(precision.get("param_dtype", "fp32"))
         self.scaler = None
         return module
-
-    def forward_backward_batch(self, data: Any, loss_function: Any, forward_only: bool = False) -> Any:
-        phase = measure.phase_name(reference=self.engine_config.forward_only, forward_only=forward_only)
-        with measure.phase(phase, self, data):
-            return super().forward_backward_batch(data, loss_function, forward_only)
-
-    def optimizer_step(self) -> float:
-        with measure.phase("optimizer", self, None):
-            return super().optimizer_step()
