@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,10 @@ def file_sha256(path: Path) -> str:
         while block := handle.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+# The weights of a large model take longer to hash than to load; whoever loads them checks what it gets.
+MAX_HASHED_BYTES = 256 << 20
 
 
 @functools.lru_cache(maxsize=4096)
@@ -148,7 +152,12 @@ def atomic_text(path: Path, text: str) -> None:
 
 
 def write_manifest(
-    folder: Path, kind: str, *, parents: dict[str, str] | None = None, leave_out: str = "", **facts: Any
+    folder: Path,
+    kind: str,
+    *,
+    parents: dict[str, str] | None = None,
+    leave_out: Collection[str] = (),
+    **facts: Any,
 ) -> dict[str, Any]:
     """Write `manifest.json` over every file now in `folder` and return it.
 
@@ -156,13 +165,13 @@ def write_manifest(
         folder: The scratch folder of an artifact, complete but for its manifest.
         kind: `dataset`, `tokenizer`, `run`, ...
         parents: kind -> identity (see `identity`) of each artifact it was built from.
-        leave_out: Name of a subfolder that may be deleted later: its files are not listed.
+        leave_out: Names of subfolders that may be deleted later: their files are not listed.
         facts: Anything JSON: seed, parameters, counts.
     """
     files = {
         path.relative_to(folder).as_posix(): file_sha256(path)
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST and path.relative_to(folder).parts[0] != leave_out
+        if path.is_file() and path.name != MANIFEST and path.relative_to(folder).parts[0] not in leave_out
     }
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -199,7 +208,7 @@ def load_manifest(folder: Path, kind: str) -> dict[str, Any]:
 
     Raises:
         ArtifactError: no manifest, unreadable, of another kind or format, a fact missing or of another type,
-            or a listed file missing or changed.
+            or a listed file missing or changed (of those above `MAX_HASHED_BYTES` only: missing).
     """
     path = Path(folder) / MANIFEST
     command = {"dataset": "recast prepare-data", "tokenizer": "recast build-tokenizer"}.get(
@@ -238,6 +247,8 @@ def load_manifest(folder: Path, kind: str) -> dict[str, Any]:
     for name, digest in manifest["files"].items():
         file = (Path(folder) / name).resolve()
         stat = file.stat()
+        if stat.st_size > MAX_HASHED_BYTES:
+            continue
         if _sha256_once(file, stat.st_mtime_ns, stat.st_size) != digest:
             raise ArtifactError(
                 f"{Path(folder) / name} differs from its manifest", f"rerun `{command}` with --overwrite"

@@ -25,6 +25,18 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]
 # runner, agent loop worker, reward worker. Each training worker's bundle asks for 3 more. With fewer it waits
 # for ever without a word.
 RAY_CPUS_SHARED, RAY_CPUS_PER_GPU = 5, 3
+# Options of verl that start more of them than the one that RAY_CPUS_SHARED counts.
+RAY_CPU_EACH = (
+    "transfer_queue.backend.SimpleStorage.num_data_storage_units",
+    "rollout.agent.num_workers",
+    "reward.num_workers",
+)
+# Options of verl that a recipe has a checked field for -> that field.
+OWN_OPTIONS = {
+    "ray_init.num_cpus": "ray_cpus",
+    "trainer.n_gpus_per_node": "num_gpus",
+    "trainer.device": "device",
+}
 
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
@@ -120,19 +132,27 @@ class Recipe(Section):
         if self.method.name == "sft" and self.model:
             raise ValueError(f"method sft is the warm start alone, and model names a start: {self.model}")
         for key, value in _flat(self.verl):
-            if key.endswith("ray_init.num_cpus"):
-                raise ValueError(f"verl.{key} is {value}: set ray_cpus instead, which is checked")
+            for name, instead in OWN_OPTIONS.items():
+                if key.endswith(name):
+                    raise ValueError(f"verl.{key} is {value}: set {instead} instead, which is checked")
         return self
 
     @model_validator(mode="after")
     def _enough_cpus(self) -> Recipe:
-        needed = RAY_CPUS_SHARED + RAY_CPUS_PER_GPU * self.num_gpus
+        needed = self.ray_cpus_needed()
         if self.ray_cpus < needed:
             raise ValueError(
                 f"ray_cpus {self.ray_cpus} is too few for num_gpus {self.num_gpus}: verl needs {needed} "
                 "and would wait for ever (they are logical CPUs, the machine may have fewer)"
             )
         return self
+
+    def ray_cpus_needed(self) -> int:
+        """Logical CPUs that verl's processes reserve, with the recipe's own overrides of their numbers."""
+        counts = {key.lstrip("+"): int(value) for key, value in _flat(self.verl) if str(value).isdigit()}
+        more = sum(max(count - 1, 0) for key, count in counts.items() if key.endswith(RAY_CPU_EACH))
+        workers = self.num_gpus * counts.get("trainer.nnodes", 1)
+        return RAY_CPUS_SHARED + RAY_CPUS_PER_GPU * workers + more
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -234,6 +234,28 @@ def test_ray_needs_three_cpus_for_each_training_worker(write) -> None:
         load_recipe(write(text), ["ray_cpus=16"])
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("transfer_queue.backend.SimpleStorage.num_data_storage_units", 12),
+        ("actor_rollout_ref.rollout.agent.num_workers", 12),
+        ("reward.num_workers", 12),
+    ],
+)
+def test_more_of_verls_processes_need_more_ray_cpus(write, key: str, value: int) -> None:
+    enough = load_recipe(write(MINIMAL), [f"verl.{key}={value}", "ray_cpus=19"])
+    assert enough.ray_cpus_needed() == 8 + 11
+    assert load_recipe(write(MINIMAL), ["verl.trainer.nnodes=3"]).ray_cpus_needed() == 5 + 3 * 3
+    with pytest.raises(RecipeError, match="ray_cpus 18 is too few for num_gpus 1: verl needs 19"):
+        load_recipe(write(MINIMAL), [f"verl.{key}={value}", "ray_cpus=18"])
+
+
+def test_options_of_verl_with_a_field_of_their_own_are_refused(write) -> None:
+    for option, field in (("trainer.n_gpus_per_node=2", "num_gpus"), ("trainer.device=cuda", "device")):
+        with pytest.raises(RecipeError, match=f"set {field} instead, which is checked"):
+            load_recipe(write(MINIMAL), [f"verl.{option}"])
+
+
 def test_what_would_be_ignored_or_hang_is_refused(write) -> None:
     with pytest.raises(RecipeError, match="set ray_cpus instead, which is checked"):
         load_recipe(write(MINIMAL), ["verl.ray_kwargs.ray_init.num_cpus=2"])

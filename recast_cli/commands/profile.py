@@ -186,6 +186,7 @@ def _launcher(settings: Recipe, inputs: Inputs, model: Path, rows: Any, steps: i
             cwd=job.folder,
             log=job.folder / "verl.log",
             metrics=metrics,
+            ray_cpus=settings.ray_cpus_needed(),
             on_step=on_step,
         )
 

@@ -20,7 +20,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print command and config, start nothing.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is in the way.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run in OUT; with method sft, the warm start.")
+    ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the run's manifest as JSON.")] = False,
 ) -> None:
     """Train a recommender: supervised warm start, then RL under stock verl.
@@ -51,14 +53,15 @@ def train(
         return
     out = Path(settings.out)
     run.require_room(settings)  # before a warm start of minutes
-    model = _start_model(settings, inputs)
-    if overwrite:
+    is_warm_start = settings.method.name == "sft"
+    model = _start_model(settings, inputs, overwrite=overwrite and is_warm_start)
+    if overwrite and not is_warm_start:
         if model.resolve().is_relative_to((out / "model").resolve()):
             raise ArtifactError(
                 f"--overwrite would remove the start model {model}", "choose another out= or copy the model"
             )
         run.remove(out)
-    if settings.method.name == "sft":
+    if is_warm_start:
         manifest = load_manifest(warm_start.folder_of(settings), "warm-start")
     else:
         found = run.find(settings, inputs, model)
@@ -72,7 +75,7 @@ def train(
         note(f"model: {model}")
 
 
-def _start_model(settings: Recipe, inputs: Inputs) -> Path:
+def _start_model(settings: Recipe, inputs: Inputs, *, overwrite: bool) -> Path:
     """Folder of the model that RL starts from: named by the recipe, or the warm start, made if need be."""
     from recast_cli.console import note, print_table, progress
     from recast_cli.evaluation.evaluate import evaluate_model
@@ -86,7 +89,7 @@ def _start_model(settings: Recipe, inputs: Inputs) -> Path:
         require_tokenizer(Path(settings.model), inputs.tokenizer)
         return Path(settings.model)
     folder = warm_start.folder_of(settings)
-    if warm_start.find(settings, inputs) is not None:
+    if not overwrite and warm_start.find(settings, inputs) is not None:
         note(f"reusing the warm start in {folder}")
         return folder / "model"
     rows: list[list[Any]] = []
@@ -106,6 +109,7 @@ def _start_model(settings: Recipe, inputs: Inputs) -> Path:
             settings,
             inputs,
             score=score,
+            overwrite=overwrite,
             on_step=lambda _: advance(1),
             on_epoch=lambda number, found: rows.append([number, found["ndcg@10"], found["hr@10"]]),
         )

@@ -67,6 +67,15 @@ class Inputs:
     def num_sft_rows(self) -> int:
         return pq.read_metadata(self.sft_rows).num_rows
 
+    def checkpoint_bytes(self, model: str | None = None) -> int:
+        """At most what one checkpoint takes: weights, gradients and AdamW's two moments, one precision.
+
+        Args:
+            model: Folder of the start model; None for the tokenizer's own.
+        """
+        folder = Path(model) if model else self.tokenizer / "model"
+        return 4 * sum(file.stat().st_size for file in (*folder.glob("*.safetensors"), *folder.glob("*.bin")))
+
     @property
     def parents(self) -> dict[str, str]:
         return {"dataset": identity(self.dataset), "tokenizer": identity(self.tokenizer_manifest)}

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -62,6 +63,54 @@ def cause_of(log: Path) -> str:
     return causes[-1][:300] if causes else (lines[-1][:300] if lines else "it printed nothing")
 
 
+def require_space(folder: Path, num_bytes: int) -> None:
+    """Refuse to start on a disk that cannot hold the checkpoints of a job (and 64 MiB of logs).
+
+    Raises:
+        EnvironmentFault: naming what is free and what is needed.
+    """
+    needed = num_bytes + (64 << 20)
+    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise EnvironmentFault(
+            f"the disk of {folder} has {free >> 20} MiB free, the checkpoints need {needed >> 20} MiB",
+            "free some space or choose another out=",
+        )
+
+
+def _require_cluster(needed: int) -> None:
+    """Refuse a running Ray cluster (`RAY_ADDRESS`) with too few CPUs: verl would wait there for ever.
+
+    Raises:
+        EnvironmentFault: it is too small, or none answers.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        return
+    program = (
+        "import ray; ray.init(logging_level='ERROR', log_to_driver=False); "
+        "print(int(ray.cluster_resources().get('CPU', 0)))"
+    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=90, check=True
+        )
+        found = int(done.stdout.split()[-1])
+    except (subprocess.SubprocessError, ValueError, IndexError) as exc:
+        lines = (getattr(exc, "stderr", None) or "no answer within 90 s").strip().splitlines()
+        raise EnvironmentFault(
+            f"no Ray cluster answers at RAY_ADDRESS={address}: {lines[-1][:200]}",
+            "start it, or unset RAY_ADDRESS for a Ray of this job's own",
+        ) from exc
+    if found < needed:
+        raise EnvironmentFault(
+            f"the Ray cluster at RAY_ADDRESS={address} has {found} CPUs, verl needs {needed} and would wait "
+            "for ever",
+            f"start it with --num-cpus={needed} (they are logical), or unset RAY_ADDRESS",
+        )
+
+
 def run_verl(
     module: Sequence[str],
     arguments: Sequence[str],
@@ -70,6 +119,7 @@ def run_verl(
     cwd: Path,
     log: Path,
     metrics: Path,
+    ray_cpus: int = 0,
     on_step: OnStep | None = None,
 ) -> list[dict[str, Any]]:
     """Run `python -m MODULE ARGUMENTS` to its end and return its metrics, a record per step.
@@ -81,11 +131,14 @@ def run_verl(
         cwd: Working directory (Hydra writes its `outputs/` there).
         log: File for stdout and stderr.
         metrics: verl's file log.
+        ray_cpus: CPUs that the job reserves on Ray, 0 if it does not use it.
         on_step: Called with each new record.
 
     Raises:
         EnvironmentFault: the process failed; names the cause and the log.
     """
+    if ray_cpus:
+        _require_cluster(ray_cpus)
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", *module, *arguments]
     offset = 0

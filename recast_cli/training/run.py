@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recast_cli.artifacts import atomic_text, load_manifest, weights_sha256, write_manifest
-from recast_cli.errors import ArtifactError, DataError, EnvironmentFault
+from recast_cli.errors import ArtifactError, DataError
 from recast_cli.provenance import git_state, versions
 from recast_cli.recipe import Recipe, dump_recipe
 from recast_cli.training import verl_args, warm_start
 from recast_cli.training.inputs import Inputs
-from recast_cli.training.process import OnStep, hf_checkpoints, run_verl
+from recast_cli.training.process import OnStep, hf_checkpoints, read_metrics, require_space, run_verl
 
 
 def draw_rows(source: Path, num_rows: int, seed: int) -> pa.Table:
@@ -128,6 +129,8 @@ def remove(out: Path) -> None:
     names = ("manifest.json", "metrics.jsonl", "rollouts.jsonl", "rows.parquet", "recipe.yaml", "command.txt")
     for name in names:
         (out / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # somebody else's files are in it
+        out.rmdir()
 
 
 def train(recipe: Recipe, inputs: Inputs, model: Path, *, on_step: OnStep | None = None) -> dict[str, Any]:
@@ -140,7 +143,8 @@ def train(recipe: Recipe, inputs: Inputs, model: Path, *, on_step: OnStep | None
     num_rows = recipe.rl.steps * recipe.rl.prompts_per_step
     rows = draw_rows(inputs.tokenizer / "verl" / "rl.parquet", num_rows, recipe.seed)
     require_room(recipe)
-    _require_space(out, estimate(recipe, inputs)["weights_and_optimizer_bytes"])
+    # one checkpoint and its export
+    require_space(out, 2 * inputs.checkpoint_bytes(recipe.model))
     out.mkdir(parents=True, exist_ok=True)
     module, arguments = job(recipe, inputs, model, out)
     atomic_text(out / "command.txt", "\n".join(["python -m " + " ".join(module), *arguments]) + "\n")
@@ -149,15 +153,24 @@ def train(recipe: Recipe, inputs: Inputs, model: Path, *, on_step: OnStep | None
     is_sft = recipe.method.name == "sft-continued"
     pq.write_table(continued_sft_rows(rows) if is_sft else rows, out / "rows.parquet")
     metrics = (out / "metrics.jsonl").resolve()
-    run_verl(
-        module,
-        arguments,
-        environment=verl_args.environment(recipe, metrics),
-        cwd=out,
-        log=out / "logs" / "train.log",
-        metrics=metrics,
-        on_step=on_step,
-    )
+    log = out.with_name(f"{out.name}.log")  # beside the run, as the warm start's: it must outlive a failure
+    try:
+        run_verl(
+            module,
+            arguments,
+            environment=verl_args.environment(recipe, metrics),
+            cwd=out,
+            log=log,
+            metrics=metrics,
+            ray_cpus=0 if is_sft else recipe.ray_cpus_needed(),
+            on_step=on_step,
+        )
+    except BaseException:
+        if not read_metrics(metrics):  # no step was made: there is nothing to keep
+            remove(out)
+        raise
+    (out / "logs").mkdir(exist_ok=True)
+    shutil.move(log, out / "logs" / "train.log")
     checkpoints = hf_checkpoints(out / "checkpoints")
     if not checkpoints:
         raise ArtifactError(
@@ -168,21 +181,9 @@ def train(recipe: Recipe, inputs: Inputs, model: Path, *, on_step: OnStep | None
     return close(out, inputs, facts | {"start": {"model": str(model), "sha256": weights_sha256(model)}})
 
 
-def _require_space(folder: Path, num_bytes: int) -> None:
-    """Refuse to start on a disk that cannot hold one checkpoint, its export and the logs."""
-    needed = 2 * num_bytes + (64 << 20)
-    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    if free < needed:
-        raise EnvironmentFault(
-            f"{folder} has {free >> 20} MiB free, one checkpoint needs {needed >> 20} MiB",
-            "free some space or choose another out=",
-        )
-
-
 def close(out: Path, inputs: Inputs, facts: dict[str, Any]) -> dict[str, Any]:
-    """Close a run directory with its manifest. Checkpoints may be deleted later to save disk."""
-    return write_manifest(out, "run", parents=inputs.parents, leave_out="checkpoints", **facts)
+    """Close a run directory with its manifest. Checkpoints and logs may be deleted later to save disk."""
+    return write_manifest(out, "run", parents=inputs.parents, leave_out=("checkpoints", "logs"), **facts)
 
 
 def estimate(recipe: Recipe, inputs: Inputs) -> dict[str, int]:
@@ -198,11 +199,9 @@ def estimate(recipe: Recipe, inputs: Inputs) -> dict[str, int]:
         "sft-continued": (0, groups),
         "sft": (0, inputs.num_sft_rows * recipe.warm_start.epochs),
     }[recipe.method.name]
-    model = Path(recipe.model) if recipe.model else inputs.tokenizer / "model"
-    weights = sum(path.stat().st_size for path in (*model.glob("*.safetensors"), *model.glob("*.bin")))
     return {
         "rollouts": rollouts,
         "actor_rows": rows,
         "actor_tokens_at_most": rows * length,
-        "weights_and_optimizer_bytes": 4 * weights,  # weights, gradients and two moments, one precision
+        "weights_and_optimizer_bytes": inputs.checkpoint_bytes(recipe.model),
     }

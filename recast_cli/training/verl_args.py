@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from recast_cli.environment import cpu_count
+from recast_cli.errors import RecipeError
 from recast_cli.recipe import Recipe
 
 LOOP_MANAGER = "verl_recast.rollout.agent_loop.GroupLoopManager"
@@ -27,10 +28,20 @@ def sft_module(recipe: Recipe) -> list[str]:
 
 
 def resolve_device(recipe: Recipe) -> str:
-    """`cuda` if asked for, or if a driver is present and the recipe says `auto`; else `cpu`."""
-    if recipe.device != "auto":
-        return recipe.device
-    return "cuda" if shutil.which("nvidia-smi") else "cpu"
+    """`cuda` if asked for, or if a driver is present and the recipe says `auto`; else `cpu`.
+
+    Raises:
+        RecipeError: several GPUs asked for on the CPU platform, which runs one worker.
+    """
+    device = recipe.device
+    if device == "auto":
+        device = "cuda" if shutil.which("nvidia-smi") else "cpu"
+    if device == "cpu" and recipe.num_gpus > 1:
+        raise RecipeError(
+            f"num_gpus is {recipe.num_gpus}, needed 1: device {recipe.device} is the CPU and runs one worker",
+            "set threads to give it more cores",
+        )
+    return device
 
 
 def packs_rows(device: str) -> bool:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recast_cli.artifacts import atomic_dir, load_manifest, write_manifest
+from recast_cli.artifacts import atomic_dir, is_artifact, load_manifest, write_manifest
 from recast_cli.errors import ArtifactError, DataError
 from recast_cli.provenance import versions
 from recast_cli.recipe import Recipe
 from recast_cli.training import verl_args
 from recast_cli.training.inputs import Inputs
-from recast_cli.training.process import OnStep, hf_checkpoints, run_verl
+from recast_cli.training.process import OnStep, hf_checkpoints, require_space, run_verl
 
 
 def folder_of(recipe: Recipe) -> Path:
@@ -23,7 +23,8 @@ def folder_of(recipe: Recipe) -> Path:
 
 def facts(recipe: Recipe) -> dict[str, Any]:
     """What decides a warm start; recorded and compared before reuse."""
-    return {"seed": recipe.seed, "params": recipe.warm_start.model_dump(exclude={"out"})}
+    params = recipe.warm_start.model_dump(exclude={"out"})
+    return {"seed": recipe.seed, "params": params, "verl_sft": recipe.verl_sft}
 
 
 def find(recipe: Recipe, inputs: Inputs) -> dict[str, Any] | None:
@@ -40,7 +41,7 @@ def find(recipe: Recipe, inputs: Inputs) -> dict[str, Any] | None:
     if any(manifest.get(key) != value for key, value in wanted.items()):
         raise ArtifactError(
             f"{folder} holds a warm start of other data or settings",
-            "remove it or choose another warm_start.out",
+            "choose another warm_start.out, or make it anew: --overwrite with a recipe of method sft",
         )
     return manifest
 
@@ -48,6 +49,11 @@ def find(recipe: Recipe, inputs: Inputs) -> dict[str, Any] | None:
 def num_steps(recipe: Recipe, inputs: Inputs) -> int:
     """Optimiser steps of all epochs."""
     return inputs.num_sft_rows // recipe.warm_start.batch_size * recipe.warm_start.epochs
+
+
+def best_of(epochs: Sequence[Mapping[str, float]]) -> int:
+    """Number (from 0) of the epoch with the best validation `ndcg@10`; ties go to the earlier."""
+    return max(range(len(epochs)), key=lambda number: (epochs[number]["ndcg@10"], -number))
 
 
 def job(recipe: Recipe, inputs: Inputs, out: Path) -> tuple[list[str], list[str]]:
@@ -71,6 +77,7 @@ def train(
     inputs: Inputs,
     *,
     score: Callable[[Path], dict[str, float]],
+    overwrite: bool = False,
     on_step: OnStep | None = None,
     on_epoch: Callable[[int, dict[str, float]], None] | None = None,
 ) -> dict[str, Any]:
@@ -78,6 +85,7 @@ def train(
 
     Args:
         score: Hugging Face folder -> validation metrics; `ndcg@10` decides, ties go to the earlier epoch.
+        overwrite: Replace a warm start that is there, once the new one is done.
         on_step: Called with verl's metrics of each step.
         on_epoch: Called with each epoch's number (from 1) and metrics.
 
@@ -90,9 +98,12 @@ def train(
             f"{inputs.num_sft_rows} SFT windows are less than one batch of {settings.batch_size}",
             "set warm_start.batch_size",
         )
+    require_space(folder_of(recipe), (settings.epochs + 1) * inputs.checkpoint_bytes())
     folder = folder_of(recipe).resolve()  # verl runs in another working directory
     log = folder.with_name(f"{folder.name}.log")  # outside the scratch folder: it must outlive a failure
-    with atomic_dir(folder) as scratch:
+    if overwrite and folder.exists() and not is_artifact(folder, "warm-start"):
+        raise ArtifactError(f"{folder} holds no warm start", "choose another warm_start.out")
+    with atomic_dir(folder, replace=overwrite) as scratch:
         work = scratch / "work"
         work.mkdir()
         module, arguments = job(recipe, inputs, work / "checkpoints")
@@ -106,7 +117,7 @@ def train(
             epochs.append((checkpoint, score(checkpoint)))
             if on_epoch is not None:
                 on_epoch(number, epochs[-1][1])
-        best = max(range(len(epochs)), key=lambda i: (epochs[i][1]["ndcg@10"], -i))
+        best = best_of([found for _, found in epochs])
         shutil.move(epochs[best][0], scratch / "model")
         shutil.rmtree(work)
         shutil.move(log, scratch / "warm_start.log")

@@ -6,8 +6,10 @@ learning rate is far too high on purpose: weights that did not reach the rollout
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -241,6 +243,33 @@ def test_stock_grpo_sees_the_same_first_rollouts_as_recast(
     assert first["signal/hit_rate"] == pytest.approx(stock["critic/score/mean"])
 
 
+def leading(answer: str, target: str) -> int:
+    """Codes that agree before the first that does not."""
+    codes = [re.findall(r"<s_[a-z]_\d+>", text) for text in (answer, target)]
+    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*codes, strict=True))))
+
+
+def test_the_negative_is_the_hardest_of_its_group(
+    recast_job: Job, workspace: Path, tokenizer_folder: Path
+) -> None:
+    inputs = prompt_texts(recast_job, tokenizer_folder, 1)
+    groups = drawn(workspace, tokenizer_folder, recast_job, 1, workspace / "warm_start" / "model")
+    rows = recast_job.dump(1)
+    hardness = []
+    for text, group in zip(inputs, groups, strict=True):
+        (kept,) = [row for row in rows if row["input"] == text and row["score"] == 0]
+        target = kept["gts"]
+        misses = [leading(answer, target) for answer in group if answer != target]
+        hardness.append((leading(kept["output"], target), max(misses), min(misses)))
+    assert [kept for kept, _, _ in hardness] == [hardest for _, hardest, _ in hardness]
+    assert any(easiest < hardest for _, hardest, easiest in hardness), "or any choice would pass"
+    # and tokens by hand: four rollouts a group, of which two are kept, each a prompt and three codes
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder / "model")
+    lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 3 for text in inputs]
+    assert recast_job.metrics[0]["signal/rollout_tokens"] == GROUP * sum(lengths)
+    assert recast_job.metrics[0]["signal/kept_tokens"] == 2 * sum(lengths)
+
+
 def test_second_steps_rollouts_come_from_the_first_steps_weights(
     recast_job: Job, workspace: Path, tokenizer_folder: Path
 ) -> None:
@@ -316,11 +345,9 @@ def test_failed_rollout_ends_the_run_with_its_cause(recast_job: Job, workspace: 
     lines = [line for line in job.stderr.splitlines() if line.startswith(("error:", "hint:"))]
     assert len(lines) == 2, job.stderr
     assert "prompt has 26 tokens, actor_rollout_ref.rollout.prompt_length is 6" in lines[0]
-    assert str(Path("too-long") / "logs" / "train.log") in lines[1]
-    assert (job.out / "logs" / "train.log").is_file()
-    assert not (job.out / "manifest.json").exists()
-    again = train(workspace, "too-long", "verl.actor_rollout_ref.rollout.prompt_length=6")
-    assert again.code == 2 and "did not finish" in again.stderr
+    assert "read too-long.log" in lines[1]
+    assert "prompt has 26 tokens" in (workspace / "too-long.log").read_text(encoding="utf-8")
+    assert not job.out.exists(), "no step was made: the next try needs no --overwrite"
 
 
 def test_plugin_that_failed_to_load_is_named(recast_job: Job, workspace: Path) -> None:
@@ -333,6 +360,32 @@ def test_plugin_that_failed_to_load_is_named(recast_job: Job, workspace: Path) -
     lines = [line for line in stderr.splitlines() if line.startswith(("error:", "hint:"))]
     assert len(lines) == 2, stderr
     assert "the plugin is not registered in verl: run `recast doctor`" in lines[1]
+    assert not (workspace / "no-plugin").exists()
+
+
+def test_a_cluster_that_is_too_small_or_not_there_is_named_before_the_launch(
+    recast_job: Job, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = [sys.executable, "-m", "ray.scripts.scripts"]
+    address = "127.0.0.1:6399"
+    start = [*ray, "start", "--head", "--port=6399", "--num-cpus=7", "--include-dashboard=false", "--block"]
+    # a group of its own, ended by its id: nobody else's Ray is touched
+    with subprocess.Popen(start, start_new_session=True, stdout=subprocess.PIPE, text=True) as head:
+        assert head.stdout is not None
+        try:
+            for line in head.stdout:
+                if "Ray runtime started" in line:
+                    break
+            monkeypatch.setenv("RAY_ADDRESS", address)
+            small = train(workspace, "small-cluster")
+        finally:
+            os.killpg(head.pid, signal.SIGTERM)
+    assert small.code == 2
+    assert f"RAY_ADDRESS={address} has 7 CPUs, verl needs 8" in small.stderr
+    assert "hint: start it with --num-cpus=8" in small.stderr and not small.out.exists()
+    absent = train(workspace, "no-cluster")
+    assert absent.code == 2 and f"no Ray cluster answers at RAY_ADDRESS={address}" in absent.stderr
+    assert not absent.out.exists()
 
 
 # -- (f) the README's lines in somebody else's launch script ---------------------------------------------
@@ -390,8 +443,13 @@ def readme_lines(tokenizer_folder: Path) -> list[str]:
     return [line.replace("$PWD/data/mine-tokenizer", str(tokenizer_folder)) for line in lines]
 
 
-def test_readmes_lines_turn_a_stock_grpo_command_into_recast(tokenizer_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("agent_loop", ["ours", "verl's"])
+def test_readmes_lines_turn_a_stock_grpo_command_into_recast(
+    tokenizer_folder: Path, tmp_path: Path, agent_loop: str
+) -> None:
     ours = readme_lines(tokenizer_folder)
+    if agent_loop == "verl's":  # one request a rollout, and the reward from decoded text
+        ours = [line for line in ours if "agent_loop_manager_class" not in line]
     assert {"algorithm.adv_estimator=recast", "trainer.v1.trainer_mode=recast"} < set(ours)
     named = {line.split("=")[0] for line in ours}
     fp32 = "{param_dtype: fp32, reduce_dtype: fp32, buffer_dtype: fp32}"

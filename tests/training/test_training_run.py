@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from sealing import reseal, whole
 from training_artifacts import MODEL_BYTES, NUM_RL_ROWS, sid, write_artifacts
+from typer.testing import CliRunner
 
 from recast_cli.artifacts import weights_sha256, write_manifest
-from recast_cli.errors import ArtifactError, DataError
+from recast_cli.demo import why_stale
+from recast_cli.errors import ArtifactError, DataError, EnvironmentFault
+from recast_cli.main import app
 from recast_cli.recipe import dump_recipe
 from recast_cli.training import run, warm_start
 from recast_cli.training.inputs import Inputs
@@ -191,6 +196,77 @@ def test_unfinished_run_is_refused(make_recipe, inputs: Inputs, tmp_path: Path) 
     with pytest.raises(ArtifactError, match="did not finish") as caught:
         run.find(make_recipe(), inputs, model_of(inputs))
     assert "--overwrite" in caught.value.hint
+
+
+def test_a_full_disk_is_seen_before_anything_starts(
+    make_recipe, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Weights, gradients, two moments: twice for a run (and its export), six times for 5 epochs (and theirs).
+    free = 64 * 2**20 + 2 * 4 * MODEL_BYTES - 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))
+    with pytest.raises(EnvironmentFault, match="run has 64 MiB free, the checkpoints need 64 MiB"):
+        run.train(make_recipe(), inputs, model_of(inputs))
+    free = 64 * 2**20 + 6 * 4 * MODEL_BYTES - 1
+    recipe = make_recipe(warm_start={"epochs": 5, "batch_size": 1})
+    with pytest.raises(EnvironmentFault, match="free, the checkpoints need"):
+        warm_start.train(recipe, inputs, score=lambda _: {})
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("ndcg", "best"), [([0.1, 0.3, 0.2], 1), ([0.3, 0.1, 0.3], 0), ([0.1, 0.2], 1)])
+def test_the_epoch_that_validates_best_is_kept(ndcg: list[float], best: int) -> None:
+    epochs = [{"ndcg@10": value, "hr@10": 1 - value} for value in ndcg]
+    assert warm_start.best_of(epochs) == best
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"epochs": 2}, {"learning_rate": 0.5}, {"batch_size": 7}, {"weight_decay": 0.5}, {"warmup_ratio": 0.5}],
+)
+def test_a_warm_start_of_another_schedule_is_refused(make_recipe, inputs: Inputs, change: dict) -> None:
+    finish_warm_start(make_recipe(), inputs)
+    assert warm_start.find(make_recipe(), inputs) is not None
+    for other in (
+        make_recipe(warm_start=change),
+        make_recipe(verl_sft={"optim.lr_scheduler_type": "constant"}),
+    ):
+        with pytest.raises(ArtifactError, match="other data or settings"):
+            warm_start.find(other, inputs)
+
+
+def test_the_demo_makes_again_what_another_recipe_made(make_recipe, inputs: Inputs, tmp_path: Path) -> None:
+    recipes = {}
+    for name in ("sft", "recast"):
+        recipes[name] = str(tmp_path / f"{name}.yaml")
+        resolved = dump_recipe(make_recipe(method={"name": name}))
+        Path(recipes[name]).write_text(resolved, encoding="utf-8")
+        assert why_stale(["train", recipes[name]]) == "", "nothing is there yet"
+    shutil.copytree(model_of(inputs), finish_warm_start(make_recipe(), inputs) / "model")
+    finish_run(make_recipe(), inputs)
+    assert why_stale(["train", recipes["sft"]]) == why_stale(["train", recipes["recast"]]) == ""
+    assert "another recipe" in why_stale(["train", recipes["recast"], "rl.steps=7"])
+    assert "other data or settings" in why_stale(["train", recipes["sft"], "warm_start.epochs=7"])
+
+
+def test_dry_run_prints_the_commands_and_the_whole_recipe_and_starts_nothing(
+    make_recipe, inputs: Inputs, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump_recipe(make_recipe(warm_start={"epochs": 3})), encoding="utf-8")
+    before = sorted(tmp_path.rglob("*"))
+    done = CliRunner().invoke(app, ["train", str(recipe), "rl.group_size=5", "--dry-run"])
+    assert done.exit_code == 0, done.output
+    first, second, resolved = done.stdout.split("\n\n", 2)
+    words = [shlex.split(part.replace("\\\n", " "), comments=True) for part in (first, second)]
+    assert words[0][words[0].index("python") :][:3] == ["python", "-m", "torch.distributed.run"]
+    assert {"trainer.total_epochs=3", f"data.train_files='{inputs.sft_rows.resolve()}'"} <= set(words[0])
+    assert words[1][words[1].index("python") :][:3] == ["python", "-m", "verl.trainer.main_ppo"]
+    assert {"algorithm.adv_estimator=recast", "actor_rollout_ref.rollout.n=5"} <= set(words[1])
+    assert "VERL_PLATFORM=cpu" in words[1][: words[1].index("python")]
+    found = yaml.safe_load(resolved)
+    assert (found["rl"]["group_size"], found["warm_start"]["epochs"]) == (5, 3)
+    assert found["rl"]["clip_high"] == 0.28, "defaults are spelled out"
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def finish_warm_start(recipe, inputs: Inputs) -> Path:

@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
+from recast_cli.errors import RecipeError
 from recast_cli.recipe import Recipe, load_recipe
 from recast_cli.training import run, verl_args
 from recast_cli.training.inputs import Inputs
@@ -231,3 +232,8 @@ def test_device_auto_looks_for_a_driver(make_recipe, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     assert verl_args.resolve_device(recipe) == "cuda"
     assert verl_args.resolve_device(make_recipe(device="cpu")) == "cpu"
+
+
+def test_the_cpu_runs_one_worker(make_recipe) -> None:
+    with pytest.raises(RecipeError, match="num_gpus is 2, needed 1: device cpu is the CPU"):
+        rl(make_recipe(num_gpus=2))
