@@ -27,7 +27,16 @@ from recast_cli.errors import RecastError
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # In the order of the data flow, which is the order of `recast --help`. Module and function share the name.
-COMMANDS = ("prepare_data", "build_tokenizer", "train", "evaluate", "recommend", "profile", "demo", "doctor")
+COMMANDS = {
+    "prepare_data": "Turn interaction logs into a dataset, split by time.",
+    "build_tokenizer": "Give every item a semantic ID and a model its tokens.",
+    "train": "Train a recommender: warm start, then RL under verl.",
+    "evaluate": "Rank the whole catalogue for every user and measure it.",
+    "recommend": "Recommend the next items after a history.",
+    "profile": "Measure what the actor costs, stock GRPO against ReCast.",
+    "demo": "",
+    "doctor": "Check versions, device, data cache and the plugin.",
+}
 HIDDEN = {"demo"}
 
 EXIT_USER = 2  # a mistake the user can mend
@@ -58,12 +67,13 @@ app = typer.Typer(
     name="recast",
     epilog="Also: --help after a command, --version, and --debug for full tracebacks (or RECAST_DEBUG=1).",
     pretty_exceptions_enable=False,  # main() below words every error
+    rich_markup_mode=None,  # rich's panels would make `--help` take twice as long (benchmarks/start_up.py)
     add_completion=False,  # no options at this level: see _take_global_options
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-for _name in COMMANDS:
+for _name, _short in COMMANDS.items():
     _command = getattr(importlib.import_module(f"recast_cli.commands.{_name}"), _name)
-    app.command(_name.replace("_", "-"), hidden=_name in HIDDEN)(_command)
+    app.command(_name.replace("_", "-"), short_help=_short, hidden=_name in HIDDEN)(_command)
 
 
 @app.callback(invoke_without_command=True, add_help_option=False)

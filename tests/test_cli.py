@@ -66,7 +66,7 @@ main.main()
 
 
 def test_every_command_is_there() -> None:
-    assert BUILT == COMMANDS
+    assert tuple(COMMANDS) == BUILT
 
 
 @pytest.mark.parametrize("args", [[], *([name.replace("_", "-")] for name in BUILT)], ids=str)
