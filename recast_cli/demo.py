@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
+import psutil
 
 from recast_cli.artifacts import read_json_lines
 from recast_cli.core.ranking import Interval, paired_bootstrap
+from recast_cli.errors import ArtifactError
 from recast_cli.recipe import load_recipe
+from recast_cli.training import run, warm_start
+from recast_cli.training.inputs import Inputs
 from recast_cli.training.process import read_metrics
 
 # Arm of the summary -> folder of its model below the run directory.
@@ -75,14 +82,9 @@ def commands(layout: Layout, overrides: list[str], profile_options: list[str]) -
     ]
     warm_start = str(layout.recipes / "warm-start.yaml")
     batches.append([["train", warm_start, f"out={layout.run / 'sft'}", *shared]])
-    arms = []
-    for recipe in RECIPES.values():
+    for recipe in RECIPES.values():  # one after the other: a verl job holds 4.5 GiB, two are over the budget
         path, folder = str(layout.recipes / f"{recipe}.yaml"), layout.run / recipe
-        interrupted = (folder / "command.txt").exists() and not (folder / "manifest.json").exists()
-        again = ["--overwrite"] if interrupted else []
-        # A second thread brings one verl job next to nothing; a second job runs beside it (docs/log.md).
-        arms.append(["train", path, f"out={folder}", *shared, "threads=1", *again])
-    batches.append(arms)
+        batches.append([["train", path, f"out={folder}", *shared]])
     evaluations = []
     for split in SPLITS:
         for arm, model in ARMS.items():
@@ -104,6 +106,21 @@ def commands(layout: Layout, overrides: list[str], profile_options: list[str]) -
     profile = ["profile", recast, f"out={layout.run / 'profile-runs'}", *shared]
     batches.append([[*profile, "--out", str(layout.run / "profile"), *profile_options]])
     return batches
+
+
+def why_stale(arguments: list[str]) -> str:
+    """What keeps a `train` command from reusing what lies in its folder, in words; empty if nothing does."""
+    recipe = load_recipe(Path(arguments[1]), arguments[2:])
+    inputs = Inputs.load(recipe)
+    start = warm_start.folder_of(recipe)
+    try:
+        if recipe.method.name == "sft":
+            warm_start.find(recipe, inputs)
+        else:
+            run.find(recipe, inputs, start / "model")
+    except ArtifactError as exc:
+        return exc.message
+    return ""
 
 
 def is_current(layout: Layout, arguments: list[str]) -> bool:
@@ -130,6 +147,39 @@ def _is_newer(result: Path, model: Path) -> bool:
 
 def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def peak_memory(seconds_between: float = 2.0) -> Iterator[list[int]]:
+    """Watch the memory of this process and of all that it starts; yields a list whose only entry is the peak.
+
+    In bytes: the sum of the processes' proportional set sizes (a page that n share counts 1/n in each), where
+    the system tells them (Linux), else of their resident sizes. Sampled: shorter peaks are missed.
+    """
+    peak, done = [0], threading.Event()
+
+    def watch() -> None:
+        while True:
+            peak[0] = max(peak[0], _tree_bytes())
+            if done.wait(seconds_between):
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _tree_bytes() -> int:
+    total, own = 0, psutil.Process()
+    for process in (own, *own.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):  # it may end meanwhile
+            memory = process.memory_full_info()
+            total += getattr(memory, "pss", memory.rss)
+    return total
 
 
 def summarise(layout: Layout) -> dict[str, Any]:

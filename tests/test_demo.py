@@ -2,13 +2,16 @@
 
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import polars as pl
 import pytest
 
 from recast_cli.commands.demo import COLUMNS, table_rows
-from recast_cli.demo import ARMS, Layout, commands, is_current, summarise
+from recast_cli.demo import ARMS, Layout, commands, is_current, peak_memory, summarise
 from recast_cli.recipe import load_recipe
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "ml-100k"
@@ -128,6 +131,16 @@ def test_profile_of_another_recipe_or_an_older_model_is_stale(layout):
     assert not is_current(layout, [*command[:3], "rl.steps=1", *command[3:]])
     os.utime(weights, (2e9, 2e9))
     assert not is_current(layout, command)
+
+
+def test_memory_of_child_processes_counts():
+    program = "held = bytearray(300 << 20); import time; time.sleep(1.5)"
+    with peak_memory(0.2) as peak:
+        subprocess.run([sys.executable, "-c", program], check=True)
+    with_child = peak[0]
+    with peak_memory(0.2) as peak:
+        time.sleep(0.5)
+    assert 300 << 20 <= with_child - peak[0] < 350 << 20
 
 
 def test_one_table_holds_metrics_signal_and_cost(layout):

@@ -48,7 +48,7 @@ def demo(
 
     from recast_cli.artifacts import atomic_text
     from recast_cli.console import note
-    from recast_cli.demo import Layout, commands, is_current, summarise
+    from recast_cli.demo import Layout, commands, is_current, peak_memory, summarise, why_stale
 
     out = out or Path("runs/demo-short" if short else "runs/demo")
     recipes = Path(__file__).resolve().parents[2] / "recipes" / "ml-100k"
@@ -56,16 +56,20 @@ def demo(
     # One process per arm here; the benchmark repeats them (benchmarks/README.md).
     profile = ["--repeats", "1", *(["--steps", "1", "--prompts", "4"] if short else ["--steps", "4"])]
     started = time.monotonic()
-    for batch in commands(layout, SHORT if short else [], profile):
-        todo = [arguments for arguments in batch if not is_current(layout, arguments)]
-        for arguments in batch:
-            if arguments not in todo:
-                note(f"reusing {arguments[arguments.index('--out') + 1]}")
-        for arguments in todo:
-            note(f"\n$ recast {shlex.join(arguments)}   [{time.monotonic() - started:.0f} s]")
-        _run_together(todo)
+    with peak_memory() as peak:
+        for batch in commands(layout, SHORT if short else [], profile):
+            todo = [arguments for arguments in batch if not is_current(layout, arguments)]
+            for arguments in batch:
+                if arguments not in todo:
+                    note(f"reusing {arguments[arguments.index('--out') + 1]}")
+            for arguments in todo:
+                if arguments[0] == "train" and (reason := why_stale(arguments)):
+                    note(f"{reason}: made again")
+                    arguments.append("--overwrite")
+                note(f"\n$ recast {shlex.join(arguments)}   [{time.monotonic() - started:.0f} s]")
+            _run_together(todo)
     summary = summarise(layout)
-    summary["seconds"] = round(time.monotonic() - started, 1)
+    summary |= {"seconds": round(time.monotonic() - started, 1), "peak_memory_bytes": peak[0]}
     atomic_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     _show(summary, out)
 
@@ -130,7 +134,8 @@ def _show(summary: dict[str, Any], out: Path) -> None:
     print_table(title, ["", *COLUMNS.values()], table_rows(summary))
     total = sum(summary["rollouts"].values())
     note(f"invalid items: {summary['invalid_items']} (evaluations and {total:,} rollouts)")
-    note(f"seconds: {summary['seconds']}")
+    memory = summary["peak_memory_bytes"] / 2**30
+    note(f"{summary['seconds']:.0f} s, at most {memory:.1f} GiB of memory (all processes together)")
     note(f"summary: {out / 'summary.json'}   run directory: {out}")
 
 
