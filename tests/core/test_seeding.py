@@ -53,6 +53,14 @@ def test_uniforms_are_uniform():
     assert chi_square < 43.8  # 19 degrees of freedom, p = 0.001
 
 
+def test_tie_keys_depend_on_seed_step_and_row():
+    keys = tie_keys(7, 3, np.array([9, 42]), 5)
+    assert np.array_equal(tie_keys(7, 3, np.array([42]), 5)[0], keys[1]), "and not on the batch"
+    assert int(keys[1, 4]) == _hash(7, 3, 42, 4)
+    for other in (tie_keys(8, 3, np.array([42]), 5), tie_keys(7, 4, np.array([42]), 5), keys[:1]):
+        assert not np.isin(other, keys[1]).any()
+
+
 def test_tie_keys_differ_inside_a_group_and_favour_no_position():
     keys = tie_keys(0, 5, np.arange(4000), 8)
     assert all(len(set(row)) == 8 for row in keys.tolist())

@@ -68,6 +68,9 @@ def test_five_users_by_hand(by_hand: Folders) -> None:
     assert kept["ndcg@5"] == pytest.approx((1 + 1 / log2(4) + 0 + 1 / log2(3) + 1 / log2(6)) / 5)
     assert kept["mrr@5"] == pytest.approx((1 + 1 / 3 + 0 + 1 / 2 + 1 / 5) / 5)
     assert kept["coverage@1"] == pytest.approx(1 / 6)  # item 0 for everybody
+    assert kept["gini@1"] == pytest.approx(5 / 6)
+    # 12 events before the test targets (3 2 1 1 3 2, see below), one added for each of 6 items.
+    assert kept["novelty@1"] == pytest.approx(log2(18 / 4))
     # History removed: lists 0 2 3 | 1 2 3 5 | 2 3 5 | 0 4 1 5 | 4 1 2 3.
     removed = evaluation.means()
     assert evaluation.users["rank_removed"].to_list() == [1, 1, 3, 2, 4]
@@ -76,7 +79,9 @@ def test_five_users_by_hand(by_hand: Folders) -> None:
     assert removed["hr@5"] == 1
     assert removed["ndcg@5"] == pytest.approx((1 + 1 + 1 / log2(4) + 1 / log2(3) + 1 / log2(5)) / 5)
     assert removed["mrr@5"] == pytest.approx((1 + 1 + 1 / 3 + 1 / 2 + 1 / 4) / 5)
-    assert removed["coverage@1"] == pytest.approx(4 / 6)  # items 0, 1, 2, 4
+    assert removed["coverage@1"] == pytest.approx(4 / 6)  # items 0, 1, 2, 0, 4
+    assert removed["gini@1"] == pytest.approx((-1 + 1 + 3 + 5 * 2) / (6 * 5))  # shown 0 0 1 1 1 2 times
+    assert removed["novelty@1"] == pytest.approx((3 * log2(18 / 4) + log2(18 / 3) + log2(18 / 2)) / 5)
     for values in (kept, removed):
         probabilities = [0.30, 0.18, 0.04, 0.26, 0.10]
         assert values["target_probability"] == pytest.approx(sum(probabilities) / 5, rel=1e-4)

@@ -77,8 +77,9 @@ def test_both_arms_replay_the_same_rollouts(workspace: Path) -> None:
     trainable = cost["kept"]["trainable_groups"]
     assert trainable >= 1
     assert cost["kept"]["samples"] == 2 * trainable, "exactly two samples of each trainable group"
-    assert arms["stock"]["rows"]["actor_update"] == 3 * 4
-    assert arms["recast"]["rows"]["actor_update"] == 3 * 2, "skipped groups leave masked padding rows"
+    for phase in ("old_log_prob", "ref_log_prob", "actor_update"):
+        assert arms["stock"]["rows"][phase] == 3 * 4
+        assert arms["recast"]["rows"][phase] == 2 * trainable, "dropped before the actor sees them"
 
     # tokens by hand: the recorded prompts and 3 codes for each of the 4 rollouts
     with np.load(workspace / "out" / "jobs" / "rollouts.npz") as recording:
