@@ -27,7 +27,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 DOTS := tee -a $(LOG) | awk '/^ *(Collecting|Downloading|Installing)/ { printf "."; fflush() } END { print "" }'
 FAILED = { echo "error: pip failed; last lines of $(LOG):" >&2; tail -n 15 $(LOG) >&2; exit 1; }
 
-.PHONY: help setup test test-verl demo demo-short lint format clean
+.PHONY: help setup test test-verl demo demo-short test-demo lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,7 +49,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(BIN)/python -c 'from importlib.metadata import version as v; print("ready:", *(f"{n} {v(n)}" for n in ("verl-recast", "verl", "torch")))'
 
 test: setup lint ## lint, type check and the test suite (without the long verl runs)
-	@$(BIN)/python -m pytest -m "not verl and not vllm and not gpu" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m "not verl and not vllm and not gpu and not demo" $(PYTEST_ARGS)
 
 test-verl: setup ## the tests that start real verl jobs
 	@$(BIN)/python -m pytest -m verl $(PYTEST_ARGS)
@@ -59,6 +59,9 @@ demo: setup ## the whole product on MovieLens-100K (20 to 30 minutes on two core
 
 demo-short: setup ## the same path with few steps
 	@$(BIN)/recast demo --short $(DEMO_ARGS)
+
+test-demo: setup ## what demo-short left behind, and that a second run reuses it
+	@$(BIN)/python -m pytest -m demo $(PYTEST_ARGS)
 
 lint: setup ## ruff and mypy
 	@$(BIN)/ruff check .
