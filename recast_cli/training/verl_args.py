@@ -273,6 +273,8 @@ def _trainer_options(recipe: Recipe, out: Path) -> dict[str, Any]:
     if "RAY_ADDRESS" in os.environ:  # a cluster that runs already has its own size, Ray refuses another
         return options | {"ray_kwargs.ray_init.num_cpus": None}
     options |= {
+        # A Ray of the job's own, also where somebody has started another on this machine.
+        "+ray_kwargs.ray_init.address": "local",
         "ray_kwargs.ray_init.num_cpus": recipe.ray_cpus,
         "+ray_kwargs.ray_init.include_dashboard": False,
     }

@@ -14,6 +14,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -366,20 +367,20 @@ def test_plugin_that_failed_to_load_is_named(recast_job: Job, workspace: Path) -
 def test_a_cluster_that_is_too_small_or_not_there_is_named_before_the_launch(
     recast_job: Job, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ray = [sys.executable, "-m", "ray.scripts.scripts"]
-    address = "127.0.0.1:6399"
-    start = [*ray, "start", "--head", "--port=6399", "--num-cpus=7", "--include-dashboard=false", "--block"]
-    # a group of its own, ended by its id: nobody else's Ray is touched
-    with subprocess.Popen(start, start_new_session=True, stdout=subprocess.PIPE, text=True) as head:
-        assert head.stdout is not None
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--port=6399", "--num-cpus=7"]
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as temp:  # a socket's path must be short
+        options = ["--include-dashboard=false", f"--temp-dir={temp}", "--block"]
+        # a group of its own, ended by its id: nobody else's Ray is touched
+        head = subprocess.Popen([*start, *options], start_new_session=True, stdout=subprocess.PIPE, text=True)
         try:
-            for line in head.stdout:
-                if "Ray runtime started" in line:
-                    break
+            assert head.stdout is not None
+            address = next(match[1] for line in head.stdout if (match := re.search("address='(.+)'", line)))
             monkeypatch.setenv("RAY_ADDRESS", address)
             small = train(workspace, "small-cluster")
         finally:
             os.killpg(head.pid, signal.SIGTERM)
+            head.communicate(timeout=60)
     assert small.code == 2
     assert f"RAY_ADDRESS={address} has 7 CPUs, verl needs 8" in small.stderr
     assert "hint: start it with --num-cpus=8" in small.stderr and not small.out.exists()
@@ -417,6 +418,8 @@ STOCK_SCRIPT = """
     actor_rollout_ref.rollout.n=4
     actor_rollout_ref.rollout.dtype=float32
     actor_rollout_ref.rollout.agent.num_workers=1
+    reward.num_workers=1
+    transfer_queue.backend.SimpleStorage.num_data_storage_units=1
     algorithm.use_kl_in_reward=False
     trainer.logger=[console,file]
     trainer.val_before_train=False
