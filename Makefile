@@ -22,7 +22,6 @@ LOG := $(VENV)/setup.log
 CONSTRAINTS := constraints/cpu.txt
 TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' $(CONSTRAINTS))
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
-# --no-compile: bytecode is made on first import, and only of what is imported; it halves the installation.
 # pip's own lines go to the log; the terminal gets one dot a package.
 DOTS := tee -a $(LOG) | awk '/^ *(Collecting|Downloading|Installing)/ { printf "."; fflush() } END { print "" }'
 FAILED = { echo "error: pip failed; last lines of $(LOG):" >&2; tail -n 15 $(LOG) >&2; exit 1; }
@@ -42,9 +41,9 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	@: > $(LOG)
 	@printf '[2/3] $(TORCH) '
-	@set -o pipefail; { $(PIP) install --no-compile $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH) 2>&1 | $(DOTS); } || $(FAILED)
+	@set -o pipefail; { $(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH) 2>&1 | $(DOTS); } || $(FAILED)
 	@printf '[3/3] recast, verl and the rest '
-	@set -o pipefail; { $(PIP) install --no-compile -e '.[cpu,embed,dev]' -c $(CONSTRAINTS) 2>&1 | $(DOTS); } || $(FAILED)
+	@set -o pipefail; { $(PIP) install -e '.[cpu,embed,dev]' -c $(CONSTRAINTS) 2>&1 | $(DOTS); } || $(FAILED)
 	@touch $@
 	@$(BIN)/python -c 'from importlib.metadata import version as v; print("ready:", *(f"{n} {v(n)}" for n in ("verl-recast", "verl", "torch")))'
 
