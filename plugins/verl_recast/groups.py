@@ -152,15 +152,15 @@ def anchor_tokens(response: Sequence[int], target: Sequence[int], tokenizer: Any
     """
     levels = [level_of(token) for token in tokenizer.convert_ids_to_tokens(list(target))]
     codes = [token for token, level in zip(target, levels, strict=True) if level >= 0]
-    length = len(codes)
-    if not codes or [level for level in levels if level >= 0] != list(range(length)):
+    length, whole = len(codes), list(range(len(codes)))
+    if not codes or [level for level in levels if level >= 0] != whole:
         raise ValueError(
             f"reward_model.ground_truth {tokenizer.decode(list(target))!r} is {len(target)} tokens, needed "
             "one for each code: add the code tokens <s_a_0>, <s_a_1>, ... to the model's vocabulary"
         )
     found = [level_of(token) for token in tokenizer.convert_ids_to_tokens(list(response))]
     for start in range(len(found) - length, -1, -1):
-        if found[start : start + length] == list(range(length)):
+        if found[start : start + length] == whole:
             return [*response[:start], *codes, *response[start + length :]]
     end = [token for token in response[-1:] if token == tokenizer.eos_token_id]
     return [*target, *end]

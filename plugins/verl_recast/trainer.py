@@ -142,7 +142,7 @@ class PPOTrainerRecast(PPOTrainerSync):
         )
         metrics.update(_signal_metrics(groups, selection, batch))
         self._put_anchors(batch, groups, selection)
-        metrics["signal/all_zero_after_repair"] = self._all_zero_after_repair(batch, groups)
+        metrics["signal/all_zero_after_repair"] = self._all_zero_after_repair(batch, groups, selection)
 
         trainable = np.flatnonzero(selection.trainable_B)
         self.no_signal = len(trainable) == 0
@@ -182,12 +182,17 @@ class PPOTrainerRecast(PPOTrainerSync):
         for row, tag in zip(rows, tags, strict=True):
             batch.tags[row] = tag
 
-    def _all_zero_after_repair(self, batch: KVBatchMeta, groups: Groups) -> float:
-        """Share of the groups without a positive reward, counted in the TransferQueue after repair."""
-        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["rm_scores"])
-        hits = {row for row, score in enumerate(data["rm_scores"].unbind()) if float(score.sum()) > 0}
-        members = [rows_G[rows_G >= 0].tolist() for rows_G in groups.rows_BG]
-        return share_without_hit(members, hits)
+    def _all_zero_after_repair(self, batch: KVBatchMeta, groups: Groups, selection: Selection) -> float:
+        """Share of the groups without a positive reward; the empty ones are read again after repair."""
+        empty = [rows_G[rows_G >= 0].tolist() for rows_G in groups.rows_BG[selection.all_zero_B]]
+        if not empty:
+            return 0.0
+        rows = [row for members in empty for row in members]
+        keys = [batch.keys[row] for row in rows]
+        data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=["rm_scores"])
+        scores = zip(rows, data["rm_scores"].unbind(), strict=True)
+        hits = {row for row, score in scores if float(score.sum()) > 0}
+        return share_without_hit(empty, hits) * len(empty) / len(groups.index_B)
 
     def _keep(
         self, batch: KVBatchMeta, rows_B2: dict[int, list[int]], num_groups: int, metrics: dict
