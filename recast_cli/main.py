@@ -67,7 +67,7 @@ app = typer.Typer(
     name="recast",
     epilog="Also: --help after a command, --version, and --debug for full tracebacks (or RECAST_DEBUG=1).",
     pretty_exceptions_enable=False,  # main() below words every error
-    rich_markup_mode=None,  # rich's panels would make `--help` take twice as long (benchmarks/start_up.py)
+    rich_markup_mode=None,  # rich's panels import as much again as all the rest of `--help` (docs/log.md)
     add_completion=False,  # no options at this level: see _take_global_options
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -68,7 +68,7 @@ def source(
 def interactions_frame(table: pl.DataFrame, columns: ColumnMap, path: str) -> pl.DataFrame:
     """A user's log in the shape of `RawTables.interactions`."""
     names = ("user_id", "item_id", "timestamp")
-    require_columns(table, {f"--columns {name}=": getattr(columns, name) for name in names}, path)
+    require_columns(table, [(f"--columns {name}=", getattr(columns, name)) for name in names], path)
     timestamp, text = parse_timestamps(table[columns.timestamp], path)
     return pl.DataFrame(
         {
@@ -83,10 +83,9 @@ def interactions_frame(table: pl.DataFrame, columns: ColumnMap, path: str) -> pl
 def items_frame(table: pl.DataFrame, columns: ColumnMap, path: str) -> pl.DataFrame:
     """A user's catalogue in the shape of `RawTables.items`; `text` joins title and other texts by " | "."""
     id_column = columns.catalogue_item_id or columns.item_id
-    needed = {"--columns items.item_id=": id_column, "--columns title=": columns.title}
+    needed = [("--columns items.item_id=", id_column), ("--columns title=", columns.title)]
+    needed += [("--text-columns ", name) for name in columns.text or ()]
     require_columns(table, needed, path)
-    for name in columns.text or ():
-        require_columns(table, {"--text-columns ": name}, path)
     others = columns.text
     if others is None:
         others = tuple(
@@ -101,18 +100,18 @@ def items_frame(table: pl.DataFrame, columns: ColumnMap, path: str) -> pl.DataFr
     ).with_row_index("row", offset=1)
 
 
-def require_columns(table: pl.DataFrame, needed: Mapping[str, str], path: str) -> None:
+def require_columns(table: pl.DataFrame, needed: Sequence[tuple[str, str]], path: str) -> None:
     """Refuse a table that lacks a column.
 
     Args:
         table: What was read.
-        needed: The option that names a column, up to its value -> the column.
+        needed: Pairs of the option that names a column, up to its value, and the column.
         path: Of the file, for the message.
 
     Raises:
         DataError: naming the first missing column and those that are there.
     """
-    for option, name in needed.items():
+    for option, name in needed:
         if name not in table.columns:
             close = [*difflib.get_close_matches(name, table.columns, n=1), "COLUMN"][0]
             raise DataError(
@@ -179,7 +178,7 @@ def clean_text(column: pl.Series, path: str) -> pl.Series:
         DataError: the column holds neither text, numbers nor lists of them.
     """
     kind = column.dtype.inner if isinstance(column.dtype, pl.List) else column.dtype
-    if kind is None or pl.Series(dtype=kind).dtype.is_nested() or kind in (pl.Object, pl.Binary):
+    if kind.is_nested() or kind in (pl.Object, pl.Binary):
         raise DataError(
             f"{path} column {column.name!r} holds {column.dtype}, needed text or lists of text",
             "name another column, or write this one as text",

@@ -126,8 +126,10 @@ def build(
     quantize.check_capacity(len(items), params.codebook_sizes)
     started = time.perf_counter()
     with atomic_dir(out, replace=overwrite) as scratch:
-        facts, made = _write_files(scratch, data, items, params, chat_template, progress)
-        _check_length(dataset, params, made["max_positions"])
+        made = _write_model(scratch, params, chat_template)
+        atomic_text(scratch / "vocabulary.json", made.vocabulary.to_json())
+        _check_length(dataset, params, made.max_positions)  # before texts are embedded for minutes
+        facts = _write_semantics(scratch, data, items, params, progress)
         if finish is not None:
             finish(scratch)
         manifest = write_manifest(
@@ -139,22 +141,24 @@ def build(
             num_levels=len(params.codebook_sizes),
             codebook_sizes=list(params.codebook_sizes),
             params=recorded,
-            model=made,
+            model={
+                "architecture": made.architecture,
+                "num_parameters": made.num_parameters,
+                "dtype": made.dtype,
+                "vocab_size": made.vocabulary.vocab_size,
+                "embedding_rows": made.vocabulary.embedding_rows,
+                "max_positions": made.max_positions,
+            },
             quality=facts,
             seconds=round(time.perf_counter() - started, 2),
         )
     return manifest, False
 
 
-def _write_files(
-    scratch: Path,
-    data: Path,
-    items: pl.DataFrame,
-    params: TokenizerParams,
-    chat_template: str,
-    progress: Progress | None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Everything but the manifest; returns the quality report and what the manifest says of the model."""
+def _write_semantics(
+    scratch: Path, data: Path, items: pl.DataFrame, params: TokenizerParams, progress: Progress | None
+) -> dict[str, Any]:
+    """Embeddings, semantic IDs, trie and quality report; returns the report."""
     embeddings_ND = _embeddings(data, items, params, progress)
     nearest = quantize.residual_kmeans(embeddings_ND, params.codebook_sizes, seed=params.seed)
     resolved = resolve_collisions(embeddings_ND, nearest.codes_NL, nearest.codebooks)
@@ -163,16 +167,7 @@ def _write_files(
     _write_semantic_ids(scratch, items["item_id"], resolved, params)
     atomic_text(scratch / "quality.json", json.dumps(facts, indent=2) + "\n")
     report.draw(scratch / "quality.png", facts, resolved.codes_NL)
-    made = _write_model(scratch, params, chat_template)
-    atomic_text(scratch / "vocabulary.json", made.vocabulary.to_json())
-    return facts, {
-        "architecture": made.architecture,
-        "num_parameters": made.num_parameters,
-        "dtype": made.dtype,
-        "vocab_size": made.vocabulary.vocab_size,
-        "embedding_rows": made.vocabulary.embedding_rows,
-        "max_positions": made.max_positions,
-    }
+    return facts
 
 
 def _check_length(dataset: dict[str, Any], params: TokenizerParams, max_positions: int | None) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from recast_cli.environment import nearest_parent
 from recast_cli.errors import EnvironmentFault
 
 OnStep = Callable[[dict[str, Any]], None]
@@ -70,8 +71,7 @@ def require_space(folder: Path, num_bytes: int) -> None:
         EnvironmentFault: naming what is free and what is needed.
     """
     needed = num_bytes + (64 << 20)
-    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(nearest_parent(folder.resolve())).free
     if free < needed:
         raise EnvironmentFault(
             f"the disk of {folder} has {free >> 20} MiB free, the checkpoints need {needed >> 20} MiB",
