@@ -1,0 +1,107 @@
+"""The README's lines for an existing verl setup, in somebody else's launch script: real verl jobs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.verl
+
+# A GRPO command as verl's examples write it, with small numbers, and what a CPU needs.
+STOCK_SCRIPT = """
+    algorithm.adv_estimator=grpo
+    data.train_files={tokenizer}/verl/rl.parquet
+    data.val_files={tokenizer}/verl/validation.parquet
+    data.train_batch_size=4
+    data.max_prompt_length=26
+    data.max_response_length=3
+    data.truncation=error
+    actor_rollout_ref.model.path={tokenizer}/model
+    actor_rollout_ref.model.use_remove_padding=False
+    actor_rollout_ref.model.enable_gradient_checkpointing=False
+    actor_rollout_ref.actor.optim.lr=1e-3
+    actor_rollout_ref.actor.ppo_mini_batch_size=4
+    actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4
+    actor_rollout_ref.actor.use_kl_loss=True
+    actor_rollout_ref.actor.kl_loss_coef=0.001
+    actor_rollout_ref.actor.use_torch_compile=False
+    actor_rollout_ref.actor.fsdp_config.model_dtype=fp32
+    actor_rollout_ref.actor.fsdp_config.use_torch_compile=False
+    actor_rollout_ref.ref.fsdp_config.model_dtype=fp32
+    actor_rollout_ref.ref.fsdp_config.use_torch_compile=False
+    actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=4
+    actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=4
+    actor_rollout_ref.rollout.n=4
+    actor_rollout_ref.rollout.dtype=float32
+    actor_rollout_ref.rollout.agent.num_workers=1
+    reward.num_workers=1
+    transfer_queue.backend.SimpleStorage.num_data_storage_units=1
+    algorithm.use_kl_in_reward=False
+    trainer.logger=[console,file]
+    trainer.val_before_train=False
+    trainer.test_freq=-1
+    trainer.save_freq=-1
+    trainer.total_training_steps=2
+    trainer.n_gpus_per_node=1
+    trainer.nnodes=1
+    trainer.device=cpu
+    ray_kwargs.ray_init.num_cpus=16
+    +ray_kwargs.ray_init.num_gpus=1
+    +actor_rollout_ref.model.override_config.attn_implementation=sdpa
+    +actor_rollout_ref.actor.fsdp_config.mixed_precision={fp32}
+    +actor_rollout_ref.ref.fsdp_config.mixed_precision={fp32}
+"""
+
+
+def readme_lines(tokenizer_folder: Path) -> list[str]:
+    """The overrides of both code blocks in the README's section on existing setups, as a shell reads them."""
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    section = text.split("## In an existing verl setup")[1].split("\n## ")[0]
+    blocks = [block for block in section.split("```bash\n")[1:] if "pip install" not in block]
+    lines = [line for block in blocks for line in shlex.split(block.split("```")[0].replace("\\\n", " "))]
+    return [line.replace("$PWD/data/mine-tokenizer", str(tokenizer_folder)) for line in lines]
+
+
+@pytest.mark.parametrize("agent_loop", ["ours", "verl's"])
+def test_readmes_lines_turn_a_stock_grpo_command_into_recast(
+    tokenizer_folder: Path, tmp_path: Path, agent_loop: str
+) -> None:
+    ours = readme_lines(tokenizer_folder)
+    if agent_loop == "verl's":  # one request a rollout, and the reward from decoded text
+        ours = [line for line in ours if "agent_loop_manager_class" not in line]
+    assert {"algorithm.adv_estimator=recast", "trainer.v1.trainer_mode=recast"} < set(ours)
+    named = {line.split("=")[0] for line in ours}
+    fp32 = "{param_dtype: fp32, reduce_dtype: fp32, buffer_dtype: fp32}"
+    text = STOCK_SCRIPT.format(tokenizer=tokenizer_folder, fp32=fp32)
+    script = [line.strip() for line in text.strip().splitlines()]
+    command = [line for line in script if line.split("=")[0] not in named] + ours
+    metrics = tmp_path / "metrics.jsonl"
+    done = subprocess.run(
+        [sys.executable, "-m", "verl.trainer.main_ppo", *command],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "VERL_PLATFORM": "cpu",
+            "VERL_FILE_LOGGER_PATH": str(metrics),
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+        },
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=420,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        found = json.loads(line)["data"]
+        assert found["signal/rollouts"] == 16 and found["signal/invalid"] == 0
+        assert found["signal/kept_samples"] == 2 * (4 - found["signal/skipped_groups"])
+        assert found["signal/all_zero_after_repair"] == 0
