@@ -63,7 +63,7 @@ class Layout:
 
 
 def commands(layout: Layout, overrides: list[str], profile_options: list[str]) -> list[list[list[str]]]:
-    """Command lines of the demo, in order, as arguments of `recast`; those of one batch may run side by side.
+    """Command lines of the demo, in order, as arguments of `recast`; two of one batch may run side by side.
 
     Args:
         overrides: Recipe overrides of every training run (`key=value`).
@@ -80,31 +80,31 @@ def commands(layout: Layout, overrides: list[str], profile_options: list[str]) -
         [["prepare-data", "ml-100k", "--out", str(layout.dataset)]],
         [["build-tokenizer", "--data", str(layout.dataset), "--out", str(layout.tokenizer)]],
     ]
-    # One after the other: a verl job holds up to 6 GiB, two are over the budget (docs/log.md).
-    folders = {"warm-start": "sft"} | {name: name for name in RECIPES.values()}
-    for recipe, folder in folders.items():
-        path = str(layout.recipes / f"{recipe}.yaml")
-        batches.append([["train", path, f"out={layout.run / folder}", *shared]])
-    evaluations = []
-    for split in SPLITS:
-        for arm, model in ARMS.items():
-            baselines = "--baselines" if (arm, split) == ("warm_start", "test") else "--no-baselines"
-            out = ["--out", str(layout.evaluation(arm, split))]
-            options = [
-                "--model",
-                str(layout.run / model),
-                "--split",
-                split,
-                *out,
-                baselines,
-                "--threads",
-                "1",
+
+    def train(recipe: str, folder: str) -> list[str]:
+        return ["train", str(layout.recipes / f"{recipe}.yaml"), f"out={layout.run / folder}", *shared]
+
+    def evaluate(arm: str) -> list[list[str]]:
+        model = ["--model", str(layout.run / ARMS[arm]), "--threads", "1"]
+        return [
+            [
+                *("evaluate", *where, *model, "--split", split, "--out", str(layout.evaluation(arm, split))),
+                "--baselines" if (arm, split) == ("warm_start", "test") else "--no-baselines",
             ]
-            evaluations.append(["evaluate", *where, *options])
-    batches.append(evaluations)
-    recast = str(layout.recipes / "recast.yaml")
-    profile = ["profile", recast, f"out={layout.run / 'profile-runs'}", *shared]
-    batches.append([[*profile, "--out", str(layout.run / "profile"), *profile_options]])
+            for split in SPLITS
+        ]
+
+    # A verl job starts a dozen processes one after the other: a core is free for the next thing meanwhile. Two
+    # RL jobs at a time would be over the budget, each holds up to 6 GiB (docs/log.md).
+    recast, grpo, continued = (train(name, name) for name in RECIPES.values())
+    profile = ["profile", recast[1], f"out={layout.run / 'profile-runs'}", *shared]
+    batches += [
+        [train("warm-start", "sft")],
+        [recast, continued, *evaluate("warm_start")],
+        [grpo, *evaluate("rl"), *evaluate("sft_continued")],
+        evaluate("grpo"),
+        [[*profile, "--out", str(layout.run / "profile"), *profile_options]],  # alone: it takes the time
+    ]
     return batches
 
 

@@ -54,7 +54,7 @@ def demo(
     recipes = Path(__file__).resolve().parents[2] / "recipes" / "ml-100k"
     layout = Layout(data=data, run=out, recipes=Path(os.path.relpath(recipes)))
     # One process per arm here; the benchmark repeats them (benchmarks/README.md).
-    profile = ["--repeats", "1", *(["--steps", "1", "--prompts", "4"] if short else ["--steps", "4"])]
+    profile = ["--repeats", "1", *(["--steps", "1", "--prompts", "4"] if short else ["--steps", "3"])]
     started = time.monotonic()
     with peak_memory() as peak:
         for batch in commands(layout, SHORT if short else [], profile):
@@ -75,7 +75,7 @@ def demo(
 
 
 def _run_together(batch: list[list[str]]) -> None:
-    """Run the commands of a batch, as many at a time as there are cores, each as a user would start it.
+    """Run the commands of a batch, two at a time (memory allows no more), each as a user would start it.
 
     A process of its own gives its memory back when it ends. A command alone has the terminal to itself; of
     several, progress comes through line by line and tables are kept until their command is done.
@@ -111,7 +111,7 @@ def _run_together(batch: list[list[str]]) -> None:
             )
         print(tables, end="", flush=True)
 
-    pool = ThreadPoolExecutor(cpu_count())
+    pool = ThreadPoolExecutor(min(2, cpu_count()))
     try:
         for job in [pool.submit(run, arguments) for arguments in batch]:
             job.result()

@@ -73,6 +73,10 @@ def environment(recipe: Recipe, metrics: Path) -> dict[str, str]:
             "RECAST_THREADS": threads,
             # Threads that spin while they wait take the cores from whichever worker is at work (see main.py).
             "OMP_WAIT_POLICY": "PASSIVE",
+            # glibc hands large tensors back to the system when they die, and each new one then costs a page
+            # fault per 4 KiB: a quarter of a forward pass (docs/log.md). Elsewhere these have no meaning.
+            "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+            "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
         }
     return variables
 
