@@ -94,7 +94,7 @@ def commands(layout: Layout, overrides: list[str], profile_options: list[str]) -
             for split in SPLITS
         ]
 
-    # A verl job starts a dozen processes one after the other: a core is free for the next thing meanwhile. Two
+    # A verl job starts its processes one after the other, and leaves a core to the next thing meanwhile. Two
     # RL jobs at a time would be over the budget, each holds up to 6 GiB (docs/log.md).
     recast, grpo, continued = (train(name, name) for name in RECIPES.values())
     profile = ["profile", recast[1], f"out={layout.run / 'profile-runs'}", *shared]

@@ -87,7 +87,7 @@ def _select(data: TensorDict, parts: list[np.ndarray]) -> list[TensorDict]:
             part[name] = tu.nested_tensor_from_tensor_list(
                 [column[row] for row in rows], ragged_idx=data[name]._ragged_idx
             )
-        # It says where it is, so that the engine does not move it there, column by column and string by string.
+        # It says where it is, so that the engine does not move it there column by column, string by string.
         selected.append(part.auto_device_())
     return selected
 
