@@ -40,6 +40,8 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@echo "[1/3] $(VENV) from $$($(PYTHON) -V)"
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	@: > $(LOG)
+	@# The pip that comes with Python 3.11 takes a minute longer to resolve the same set (docs/log.md).
+	@$(PIP) install --upgrade 'pip>=25,<27' >> $(LOG) 2>&1 || $(FAILED)
 	@printf '[2/3] $(TORCH) '
 	@set -o pipefail; { $(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH) 2>&1 | $(DOTS); } || $(FAILED)
 	@printf '[3/3] recast, verl and the rest '

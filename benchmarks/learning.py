@@ -156,10 +156,12 @@ def probabilities(model: Path, data: Path, tokenizer: Path) -> pl.DataFrame:
     answers = recommender.tokenizer(
         rows["reward_model"].struct.field("ground_truth").to_list(), add_special_tokens=False
     )["input_ids"]
-    log_probs_UL = recommender.target_log_probs(prompts, np.array(answers))
+    codes_UL = np.array(answers) - np.array(recommender.level_offsets)
     width = len(recommender.row_of_sid)  # beams as wide as the catalogue are all of it
-    chunks = [prompts[start : start + 256] for start in range(0, len(prompts), 256)]
-    scores_UN = np.concatenate([recommender.rank(chunk, width).scores_BW for chunk in chunks])
+    chunks = [slice(start, start + 256) for start in range(0, len(prompts), 256)]
+    found = [recommender.answer(prompts[chunk], width, [None], codes_UL[chunk]) for chunk in chunks]
+    scores_UN = np.concatenate([ranked.scores_BW for (ranked,), _ in found])
+    log_probs_UL = np.concatenate([log_probs_BL for _, log_probs_BL in found])
     return pl.DataFrame(
         {
             "index": rows["extra_info"].struct.field("index"),

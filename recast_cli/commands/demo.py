@@ -54,7 +54,7 @@ def demo(
     recipes = Path(__file__).resolve().parents[2] / "recipes" / "ml-100k"
     layout = Layout(data=data, run=out, recipes=Path(os.path.relpath(recipes)))
     # One process per arm here; the benchmark repeats them (benchmarks/README.md).
-    profile = ["--repeats", "1", *(["--steps", "1", "--prompts", "4"] if short else ["--steps", "3"])]
+    profile = ["--repeats", "1", *(["--steps", "1", "--prompts", "4"] if short else ["--steps", "2"])]
     started = time.monotonic()
     with peak_memory() as peak:
         for batch in commands(layout, SHORT if short else [], profile):

@@ -95,9 +95,9 @@ def sample(
     )
     if not shape[1]:
         return samples
-    args = (model, trie, level_offsets, prompts, pad_token_id, exclusion, token_budget)
+    args = (model, trie, level_offsets, prompts, pad_token_id, [exclusion], token_budget)
     with decoding_mode(model):
-        for rows_B, walk, guide in guided_walks(*args, num_answers=shape[1]):
+        for rows_B, walk, (guide,) in guided_walks(*args, num_answers=shape[1]):
             codes, items, full, renormalised = _sample(walk, guide, uniforms_BGL[rows_B], temperature)
             samples.codes_BGL[rows_B] = codes.cpu()
             samples.items_BG[rows_B] = items.cpu()
@@ -129,22 +129,69 @@ def beam_search(
     Raises:
         ValueError: an argument out of bounds, an attention without masks, or logits that are not finite.
     """
+    (beams,), _ = beam_searches(
+        model,
+        trie,
+        level_offsets,
+        prompts,
+        beam_width,
+        pad_token_id=pad_token_id,
+        exclusions=[exclusion],
+        token_budget=token_budget,
+    )
+    return beams
+
+
+def beam_searches(
+    model: Any,
+    trie: Trie,
+    level_offsets: Sequence[int],
+    prompts: Sequence[Sequence[int]],
+    beam_width: int,
+    *,
+    pad_token_id: int,
+    exclusions: Sequence[Exclusion | None],
+    given_BL: np.ndarray | torch.Tensor | None = None,
+    token_budget: int = TOKEN_BUDGET,
+) -> tuple[list[Beams], torch.Tensor]:
+    """`beam_search` under each exclusion and the log-probs of given answers, from one reading of the prompts.
+
+    Args:
+        exclusions: One search each; None closes nothing.
+        given_BL: int64 codes of one answer per prompt; nothing is asked of the trie.
+
+    Returns:
+        Beams of each search, and the float32 full-vocabulary log-softmax of each given code (B, L), empty
+        (0, L) where none is given.
+
+    Raises:
+        ValueError: as `beam_search`.
+    """
     if beam_width < 1:
         raise ValueError(f"beam_width must be at least 1, found {beam_width}")
     shape, width = (len(prompts), beam_width), min(beam_width, trie.num_items)
-    beams = Beams(
-        codes_BWL=torch.full((*shape, trie.num_levels), -1, dtype=torch.int64),
-        items_BW=torch.full(shape, -1, dtype=torch.int64),
-        scores_BW=torch.full(shape, -torch.inf),
-    )
-    args = (model, trie, level_offsets, prompts, pad_token_id, exclusion, token_budget)
+    found = [
+        Beams(
+            codes_BWL=torch.full((*shape, trie.num_levels), -1, dtype=torch.int64),
+            items_BW=torch.full(shape, -1, dtype=torch.int64),
+            scores_BW=torch.full(shape, -torch.inf),
+        )
+        for _ in exclusions
+    ]
+    given_BL = torch.as_tensor(np.empty((0, trie.num_levels), np.int64) if given_BL is None else given_BL)
+    log_probs_BL = torch.zeros(given_BL.shape)
+    args = (model, trie, level_offsets, prompts, pad_token_id, exclusions, token_budget)
     with decoding_mode(model):
-        for rows_B, walk, guide in guided_walks(*args, num_answers=width):
-            codes, items, scores = _search(walk, guide, width)
-            beams.codes_BWL[rows_B, :width] = codes.cpu()
-            beams.items_BW[rows_B, :width] = items.cpu()
-            beams.scores_BW[rows_B, :width] = scores.cpu()
-    return beams
+        for rows_B, walk, guides in guided_walks(*args, num_answers=width):
+            for beams, guide in zip(found, guides, strict=True):
+                codes, items, scores = _search(walk, guide, width)
+                beams.codes_BWL[rows_B, :width] = codes.cpu()
+                beams.items_BW[rows_B, :width] = items.cpu()
+                beams.scores_BW[rows_B, :width] = scores.cpu()
+                walk.rewind()
+            if len(given_BL):
+                log_probs_BL[rows_B] = _force(walk, guides[0], given_BL[rows_B].to(walk.device)).cpu()
+    return found, log_probs_BL
 
 
 def _checked_uniforms(
@@ -246,6 +293,17 @@ def _search(walk: TreeWalk, guide: Guide, width: int) -> tuple[torch.Tensor, tor
     codes_BSL = codes_BSL.masked_fill(dead_BS[..., None], -1)
     codes_BWL = codes_BSL.gather(1, order_BS[..., None].expand(-1, -1, num_levels))
     return codes_BWL, items_BS.gather(1, order_BS), scores_BS.gather(1, order_BS)
+
+
+def _force(walk: TreeWalk, guide: Guide, codes_BL: torch.Tensor) -> torch.Tensor:
+    """Log-probs (B, L) of one answer per prompt, each code given those before it."""
+    log_probs = []
+    for level, codes_B1 in enumerate(codes_BL.split(1, dim=1)):
+        log_probs_BK = guide.log_probs(level, walk.logits_BSV)[:, 0]
+        log_probs.append(log_probs_BK.gather(1, codes_B1))
+        if level + 1 < codes_BL.shape[1]:
+            walk.grow(codes_B1 + guide.offsets[level], torch.zeros_like(codes_B1))
+    return torch.cat(log_probs, dim=1)
 
 
 def _settle_ties(

@@ -60,6 +60,12 @@ class TreeWalk:
             raise ValueError(
                 "the model has sliding-window attention; constrained decoding needs full attention"
             )
+        self._read = self.logits_BSV, self.ancestors_BSA, self.next_position_B1
+
+    def rewind(self) -> None:
+        """Forget the answers and stand at the prompts again, which need not be read twice."""
+        self.cache.crop(self.is_token_BP.shape[1])
+        self.logits_BSV, self.ancestors_BSA, self.next_position_B1 = self._read
 
     def grow(self, tokens_BS: torch.Tensor, parents_BS: torch.Tensor) -> None:
         """Feed one token per new slot, each below a slot of the last round; `logits_BSV` are then theirs."""
@@ -121,18 +127,21 @@ def guided_walks(
     offsets: Sequence[int],
     prompts: Sequence[Sequence[int]],
     pad_token_id: int,
-    exclusion: Exclusion | None,
+    exclusions: Sequence[Exclusion | None],
     token_budget: int,
     *,
     num_answers: int,
-) -> Iterator[tuple[torch.Tensor, TreeWalk, Guide]]:
-    """Rows, walk and guide of each micro-batch; `num_answers` is the most slots of a prompt.
+) -> Iterator[tuple[torch.Tensor, TreeWalk, list[Guide]]]:
+    """Rows, walk and guides (one per exclusion) of each micro-batch; `num_answers`: most slots of a prompt.
 
     Raises:
-        ValueError: offsets, exclusion, prompts or model that do not fit.
+        ValueError: offsets, exclusions, prompts or model that do not fit.
     """
-    if exclusion is not None and exclusion.num_requests != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts, but an exclusion for {exclusion.num_requests} requests")
+    for exclusion in exclusions:
+        if exclusion is not None and exclusion.num_requests != len(prompts):
+            raise ValueError(
+                f"{len(prompts)} prompts, but an exclusion for {exclusion.num_requests} requests"
+            )
     if len(offsets) != trie.num_levels:
         raise ValueError(f"{len(offsets)} level offsets, but the trie has {trie.num_levels} levels")
     ends = [offset + size for offset, size in zip(offsets, trie.codebook_sizes, strict=True)]
@@ -142,8 +151,9 @@ def guided_walks(
         if min(offsets) < 0 or max(ends) > vocabulary:
             raise ValueError(f"codes use token ids {min(offsets)}..{max(ends) - 1} of {vocabulary}")
         trie = trie.to(walk.device)
-        exclusion = None if exclusion is None else exclusion.to(walk.device)
-        yield rows_B, walk, Guide(trie, offsets, exclusion, rows_B.to(walk.device))
+        exclusions = [exclusion and exclusion.to(walk.device) for exclusion in exclusions]
+        rows_there = rows_B.to(walk.device)
+        yield rows_B, walk, [Guide(trie, offsets, exclusion, rows_there) for exclusion in exclusions]
 
 
 @contextmanager

@@ -74,8 +74,9 @@ def evaluate_model(
         model_dir, tokenizer_dir, data_dir, token_budget=batch_tokens, device=device
     )
     prompts, answers_UL = _load_prompts(recommender, tokenizer_dir, rows)
-    lists, given = _model_lists(recommender, rows, prompts, beam_width, modes, progress)
-    log_probs_U = recommender.target_log_probs(prompts, answers_UL).sum(axis=1)
+    lists, given, log_probs_U = _model_lists(
+        recommender, rows, prompts, answers_UL, beam_width, modes, progress
+    )
     cutoffs = [k for k in CUTOFFS if k <= beam_width]
     arms = {
         "model": {
@@ -111,7 +112,7 @@ def _check_options(
 def _load_prompts(
     recommender: Recommender, tokenizer_dir: Path, rows: Split
 ) -> tuple[list[list[int]], NDArray[np.int64]]:
-    """Token ids of every row's prompt, and of its target's codes (U, L), from the rendered parquet.
+    """Token ids of every row's prompt, and its target's codes (U, L), from the rendered parquet.
 
     Rows are found by their index, never by their prompt: equal histories keep their own targets.
     """
@@ -137,7 +138,7 @@ def _load_prompts(
 def _answer_ids(
     recommender: Recommender, answers: Sequence[str], rows: Split, path: Path
 ) -> NDArray[np.int64]:
-    """Token ids (U, L) of the targets' codes, after checking that each names its target in the catalogue."""
+    """Codes (U, L) of the targets, after checking that each names its target in the catalogue."""
     for answer, target in zip(answers, rows.target_U, strict=True):
         if recommender.row_of_sid.get(f"{recommender.sid_begin}{answer}{recommender.sid_end}") != target:
             raise ArtifactError(
@@ -150,30 +151,35 @@ def _answer_ids(
         raise ArtifactError(
             f"{path}: an answer is not {num_levels} tokens long", "rerun `recast build-tokenizer`"
         )
-    return np.array(ids, dtype=np.int64)
+    return np.array(ids, dtype=np.int64) - np.array(recommender.level_offsets)
 
 
 def _model_lists(
     recommender: Recommender,
     rows: Split,
     prompts: Sequence[Sequence[int]],
+    answers_UL: NDArray[np.int64],
     width: int,
     modes: Sequence[str],
     progress: Progress | None,
-) -> tuple[Lists, dict[str, NDArray[np.bool_]]]:
-    """Ranked item rows, and whether an answer was given at all, per mode."""
+) -> tuple[Lists, dict[str, NDArray[np.bool_]], NDArray[np.float64]]:
+    """Per mode the ranked item rows and whether an answer was given at all; the targets' log-probs."""
     num_rows = len(prompts)
+    log_probs_U = np.empty(num_rows)
     lists: Lists = {mode: np.full((num_rows, width), -1, dtype=np.int64) for mode in modes}
     given = {mode: np.zeros((num_rows, width), dtype=bool) for mode in modes}
     for chunk in _chunks(prompts):
-        asked = [prompts[u] for u in chunk]
-        for mode in modes:
-            closed = [rows.histories[u] for u in chunk] if mode == "history_removed" else None
-            ranked = recommender.rank(asked, width, closed)
+        histories = [rows.histories[u] for u in chunk]
+        closed = [histories if mode == "history_removed" else None for mode in modes]
+        found, log_probs_BL = recommender.answer(
+            [prompts[u] for u in chunk], width, closed, answers_UL[chunk]
+        )
+        for mode, ranked in zip(modes, found, strict=True):
             lists[mode][chunk], given[mode][chunk] = ranked.rows_BW, ranked.given_BW
+        log_probs_U[chunk] = log_probs_BL.sum(axis=1)
         if progress is not None:
             progress(len(chunk))
-    return lists, given
+    return lists, given, log_probs_U
 
 
 def _chunks(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:

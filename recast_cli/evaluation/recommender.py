@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from recast_cli.artifacts import load_manifest, require_parent
-from recast_cli.core.decoding import beam_search
+from recast_cli.core.decoding import beam_searches
 from recast_cli.core.trie import Trie
 from recast_cli.errors import ArtifactError
 from recast_cli.evaluation.loading import read_catalogue
@@ -23,6 +23,7 @@ from recast_cli.models import load_model, require_tokenizer
 from recast_cli.vocabulary import Vocabulary, encode_prompts
 
 Conversation = Sequence[dict[str, str]]
+Closed = Sequence[NDArray[np.int64]]  # item rows, prompt by prompt
 
 TOKEN_BUDGET = {"cpu": 4096, "cuda": 65536}  # a CPU is fastest while a batch stays in its caches
 
@@ -127,36 +128,59 @@ class Recommender:
         """Token ids of each history with the generation prompt, by the tokenizer's own chat template."""
         return encode_prompts(self.tokenizer, conversations)
 
-    def rank(
-        self, prompts: Sequence[Sequence[int]], width: int, closed: Sequence[NDArray[np.int64]] | None = None
-    ) -> Ranked:
-        """Constrained beam search over the catalogue.
+    def rank(self, prompts: Sequence[Sequence[int]], width: int, closed: Closed | None = None) -> Ranked:
+        """Constrained beam search over the catalogue: `answer` with one list and no target."""
+        (ranked,), _ = self.answer(prompts, width, [closed])
+        return ranked
+
+    def answer(
+        self,
+        prompts: Sequence[Sequence[int]],
+        width: int,
+        closed: Sequence[Closed | None],
+        targets_BL: NDArray[np.int64] | None = None,
+    ) -> tuple[list[Ranked], NDArray[np.float64]]:
+        """Ranked lists over the catalogue and the targets' log-probs, from one reading of the prompts.
 
         Args:
             prompts: B lists of token ids.
             width: W.
-            closed: Item rows that may not be answered, per prompt. A prompt whose closed items are the whole
-                catalogue gets an empty list.
+            closed: Per list, the item rows that may not be answered, prompt by prompt, or None. A prompt
+                whose closed items are the whole catalogue gets an empty list.
+            targets_BL: Codes of each prompt's true answer.
+
+        Returns:
+            A `Ranked` for each of `closed`, and the full-vocabulary log-softmax of each target code, (B, L),
+            empty without targets.
         """
-        num_levels = len(self.level_offsets)
-        codes_BWL = np.full((len(prompts), width, num_levels), -1, dtype=np.int64)
-        scores_BW = np.full((len(prompts), width), -np.inf)
-        asked = list(range(len(prompts)))
-        if closed is not None:
-            asked = [b for b in asked if len(np.unique(closed[b])) < self.trie.num_items]
-        if asked:
-            beams = beam_search(
-                self.model,
-                self.trie,
-                self.level_offsets,
-                [prompts[b] for b in asked],
-                width,
-                pad_token_id=self.pad,
-                exclusion=None if closed is None else self.trie.exclusion([closed[b] for b in asked]),
-                token_budget=self.token_budget,
-            )
-            codes_BWL[asked], scores_BW[asked] = beams.codes_BWL.numpy(), beams.scores_BW.numpy()
-        return Ranked(self.rows_of(codes_BWL), np.asarray((codes_BWL >= 0).all(axis=2)), scores_BW)
+        emptied = [self._nothing_left(closed_B) for closed_B in closed]
+        exclusions = [
+            None
+            if closed_B is None
+            else self.trie.exclusion([[] if b in empty else rows for b, rows in enumerate(closed_B)])
+            for closed_B, empty in zip(closed, emptied, strict=True)
+        ]
+        found, log_probs_BL = beam_searches(
+            self.model,
+            self.trie,
+            self.level_offsets,
+            prompts,
+            width,
+            pad_token_id=self.pad,
+            exclusions=exclusions,
+            given_BL=targets_BL,
+            token_budget=self.token_budget,
+        )
+        lists = []
+        for beams, empty in zip(found, emptied, strict=True):
+            codes_BWL, scores_BW = beams.codes_BWL.numpy(), beams.scores_BW.numpy().astype(np.float64)
+            codes_BWL[list(empty)], scores_BW[list(empty)] = -1, -np.inf
+            lists.append(Ranked(self.rows_of(codes_BWL), np.asarray((codes_BWL >= 0).all(axis=2)), scores_BW))
+        return lists, log_probs_BL.double().numpy()
+
+    def _nothing_left(self, closed_B: Closed | None) -> set[int]:
+        """Prompts whose closed items are the whole catalogue: a search has no answer to those."""
+        return {b for b, rows in enumerate(closed_B or ()) if len(np.unique(rows)) == self.trie.num_items}
 
     def rows_of(self, codes_BWL: NDArray[np.int64]) -> NDArray[np.int64]:
         """Item row that each answer's text names in the catalogue, -1 where it names none.
@@ -172,50 +196,3 @@ class Recommender:
         """Spelling of one answer: begin, code tokens, end."""
         tokens = (self.level_tokens[level][int(code)] for level, code in enumerate(codes_L))
         return f"{self.sid_begin}{''.join(tokens)}{self.sid_end}"
-
-    def target_log_probs(
-        self, prompts: Sequence[Sequence[int]], answers_BL: NDArray[np.int64]
-    ) -> NDArray[np.float64]:
-        """Log-probability of each code of each prompt's true answer: full-vocabulary log-softmax. (B, L)
-
-        Plain teacher forcing of prompt + answer, independent of trie and beam search.
-
-        Args:
-            prompts: B lists of token ids.
-            answers_BL: Token ids of the L codes.
-        """
-        num_levels = answers_BL.shape[1]
-        log_probs_BL = np.empty((len(prompts), num_levels))
-        order = sorted(range(len(prompts)), key=lambda b: len(prompts[b]))
-        start = 0
-        self.model.eval()
-        while start < len(order):
-            end = start + 1  # ascending lengths: the last prompt of a batch is its longest
-            while (
-                end < len(order)
-                and (end + 1 - start) * (len(prompts[order[end]]) + num_levels) <= self.token_budget
-            ):
-                end += 1
-            rows, start = order[start:end], end
-            log_probs_BL[rows] = self._forced([prompts[b] for b in rows], torch.from_numpy(answers_BL[rows]))
-        return log_probs_BL
-
-    @torch.inference_mode()
-    def _forced(self, prompts: Sequence[Sequence[int]], answers_BL: torch.Tensor) -> NDArray[np.float64]:
-        num_levels = answers_BL.shape[1]
-        longest = max(len(prompt) for prompt in prompts)
-        ids_BP = torch.tensor([[self.pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
-        ids_BT = torch.cat([ids_BP, answers_BL[:, :-1]], dim=1)
-        lengths_B1 = torch.tensor([[len(prompt)] for prompt in prompts])
-        positions_BT = torch.arange(ids_BT.shape[1]) - (longest - lengths_B1)
-        logits_BTV = self.model(
-            input_ids=ids_BT.to(self.model.device),
-            attention_mask=(positions_BT >= 0).long().to(self.model.device),
-            position_ids=positions_BT.clamp(min=0).to(self.model.device),
-            use_cache=False,
-            logits_to_keep=num_levels,  # the last prompt token predicts code 0
-        ).logits[:, -num_levels:]
-        logits_BLV, answers_BL = logits_BTV.float(), answers_BL.to(self.model.device)
-        chosen_BL = logits_BLV.gather(2, answers_BL[..., None])[..., 0]
-        log_probs_BL = chosen_BL - logits_BLV.logsumexp(dim=-1)
-        return log_probs_BL.double().cpu().numpy()

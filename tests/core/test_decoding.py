@@ -21,7 +21,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from recast_cli.core.decoding import _distinct, _draw, beam_search, sample
+from recast_cli.core.decoding import _distinct, _draw, beam_search, beam_searches, sample
 from recast_cli.core.trie import Trie
 from recast_cli.core.walk import TreeWalk, decoding_mode, micro_batches
 
@@ -391,6 +391,30 @@ def test_fewer_items_than_beams(model) -> None:
         model, trie, OFFSETS, PROMPTS, 2, pad_token_id=PAD, exclusion=trie.exclusion([[0], [1], [0], [1]])
     )
     assert one_left.items_BW.tolist() == [[1, -1], [0, -1], [1, -1], [0, -1]]
+
+
+def test_one_reading_serves_several_searches_and_given_answers(model, trie: Trie) -> None:
+    closed = trie.exclusion([[0, 3], [], [5], list(range(1, 9))])
+    given = CODES[[4, 0, 7, 2]]
+    prompts_read = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: prompts_read.append(kwargs.get("past_key_values") is None), with_kwargs=True
+    )
+    try:
+        found, log_probs_BL = beam_searches(
+            model, trie, OFFSETS, PROMPTS, 8, pad_token_id=PAD, exclusions=[closed, None], given_BL=given
+        )
+    finally:
+        hook.remove()
+    assert sum(prompts_read) == 1
+    for beams, exclusion in zip(found, [closed, None], strict=True):
+        alone = beam_search(model, trie, OFFSETS, PROMPTS, 8, pad_token_id=PAD, exclusion=exclusion)
+        assert torch.equal(beams.items_BW, alone.items_BW)
+        torch.testing.assert_close(beams.scores_BW, alone.scores_BW, atol=1e-6, rtol=0)
+    for prompt, codes, log_probs in zip(PROMPTS, given, log_probs_BL, strict=True):
+        plain = plain_log_probs(model, prompt, codes)
+        expected = torch.stack([plain[level, OFFSETS[level] + code] for level, code in enumerate(codes)])
+        torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=0)
 
 
 def test_beams_do_not_depend_on_the_batch(model, trie: Trie) -> None:
