@@ -55,7 +55,7 @@ test: setup lint ## lint, type check and the test suite (without the long verl r
 test-verl: setup ## the tests that start real verl jobs
 	@$(BIN)/python -m pytest -m verl $(PYTEST_ARGS)
 
-demo: setup ## the whole product on MovieLens-100K (20 to 30 minutes on two cores)
+demo: setup ## the whole product on MovieLens-100K (about 21 minutes on two cores)
 	@$(BIN)/recast demo $(DEMO_ARGS)
 
 demo-short: setup ## the same path with few steps
