@@ -132,10 +132,10 @@ def _load_prompts(
             f"{path} was rendered from other rows than those of the dataset", "rerun build-tokenizer"
         )
     prompts = recommender.encode(joined["prompt"].to_list())
-    return prompts, _answer_ids(recommender, joined["answer"].to_list(), rows, path)
+    return prompts, _answer_codes(recommender, joined["answer"].to_list(), rows, path)
 
 
-def _answer_ids(
+def _answer_codes(
     recommender: Recommender, answers: Sequence[str], rows: Split, path: Path
 ) -> NDArray[np.int64]:
     """Codes (U, L) of the targets, after checking that each names its target in the catalogue."""
