@@ -37,15 +37,18 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' || { \
 	  echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1), needed Python 3.11 or 3.12" >&2; \
 	  echo "hint: make setup PYTHON=/path/to/python3.11" >&2; exit 2; }
-	@echo "[1/3] $(VENV) from $$($(PYTHON) -V)"
+	@echo "[1/4] $(VENV) from $$($(PYTHON) -V)"
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	@: > $(LOG)
 	@# The pip that comes with Python 3.11 takes a minute longer to resolve the same set (docs/log.md).
 	@$(PIP) install --upgrade 'pip>=25,<27' >> $(LOG) 2>&1 || $(FAILED)
-	@printf '[2/3] $(TORCH) '
-	@set -o pipefail; { $(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH) 2>&1 | $(DOTS); } || $(FAILED)
-	@printf '[3/3] recast, verl and the rest '
-	@set -o pipefail; { $(PIP) install -e '.[cpu,embed,dev]' -c $(CONSTRAINTS) 2>&1 | $(DOTS); } || $(FAILED)
+	@printf '[2/4] $(TORCH) '
+	@set -o pipefail; { $(PIP) install --no-compile $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH) 2>&1 | $(DOTS); } || $(FAILED)
+	@printf '[3/4] recast, verl and the rest '
+	@set -o pipefail; { $(PIP) install --no-compile -e '.[cpu,embed,dev]' -c $(CONSTRAINTS) 2>&1 | $(DOTS); } || $(FAILED)
+	@# pip would compile on one core; a file that does not compile (a template) is none of ours.
+	@echo '[4/4] bytecode'
+	@$(BIN)/python -m compileall -q -j 0 -x '/tests/' $(VENV)/lib >> $(LOG) 2>&1 || true
 	@touch $@
 	@$(BIN)/python -c 'from importlib.metadata import version as v; print("ready:", *(f"{n} {v(n)}" for n in ("verl-recast", "verl", "torch")))'
 

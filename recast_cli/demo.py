@@ -62,8 +62,12 @@ class Layout:
         return self.run / "evaluation" / f"{arm}-{split}.json"
 
 
-def commands(layout: Layout, overrides: list[str], profile_options: list[str]) -> list[list[list[str]]]:
-    """Command lines of the demo, in order, as arguments of `recast`; two of one batch may run side by side.
+Command = list[str]  # arguments of `recast`
+Lane = list[Command]  # one after the other
+
+
+def commands(layout: Layout, overrides: list[str], profile_options: list[str]) -> list[list[Lane]]:
+    """Command lines of the demo, batch after batch; the lanes of a batch may run side by side.
 
     Args:
         overrides: Recipe overrides of every training run (`key=value`).
@@ -77,14 +81,14 @@ def commands(layout: Layout, overrides: list[str], profile_options: list[str]) -
     ]
     where = ["--data", str(layout.dataset), "--tokenizer", str(layout.tokenizer)]
     batches = [
-        [["prepare-data", "ml-100k", "--out", str(layout.dataset)]],
-        [["build-tokenizer", "--data", str(layout.dataset), "--out", str(layout.tokenizer)]],
+        [[["prepare-data", "ml-100k", "--out", str(layout.dataset)]]],
+        [[["build-tokenizer", "--data", str(layout.dataset), "--out", str(layout.tokenizer)]]],
     ]
 
-    def train(recipe: str, folder: str) -> list[str]:
+    def train(recipe: str, folder: str) -> Command:
         return ["train", str(layout.recipes / f"{recipe}.yaml"), f"out={layout.run / folder}", *shared]
 
-    def evaluate(arm: str) -> list[list[str]]:
+    def evaluate(arm: str) -> Lane:
         model = ["--model", str(layout.run / ARMS[arm]), "--threads", "1"]
         return [
             [
@@ -99,11 +103,11 @@ def commands(layout: Layout, overrides: list[str], profile_options: list[str]) -
     recast, grpo, continued = (train(name, name) for name in RECIPES.values())
     profile = ["profile", recast[1], f"out={layout.run / 'profile-runs'}", *shared]
     batches += [
-        [train("warm-start", "sft")],
-        [recast, continued, *evaluate("warm_start")],
-        [grpo, *evaluate("rl"), *evaluate("sft_continued")],
-        evaluate("grpo"),
-        [[*profile, "--out", str(layout.run / "profile"), *profile_options]],  # alone: it takes the time
+        [[train("warm-start", "sft")]],
+        [[recast], [continued, *evaluate("warm_start"), *evaluate("sft_continued")]],
+        [[grpo], evaluate("rl")],
+        [[command] for command in evaluate("grpo")],
+        [[[*profile, "--out", str(layout.run / "profile"), *profile_options]]],  # alone: it takes the time
     ]
     return batches
 

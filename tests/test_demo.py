@@ -10,8 +10,9 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from recast_cli.commands.demo import COLUMNS, table_rows
+from recast_cli.commands.demo import COLUMNS, run_lanes, table_rows
 from recast_cli.demo import ARMS, Layout, commands, is_current, peak_memory, summarise
+from recast_cli.errors import EnvironmentFault
 from recast_cli.recipe import load_recipe
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "ml-100k"
@@ -159,25 +160,62 @@ def test_one_table_holds_metrics_signal_and_cost(layout):
 def test_commands_walk_the_data_flow_and_their_recipes_load(tmp_path):
     layout = Layout(data=tmp_path / "data", run=tmp_path / "run", recipes=RECIPES)
     batches = commands(layout, ["rl.steps=2"], ["--steps", "1"])
-    assert [step[0] for batch in batches[:2] for step in batch] == ["prepare-data", "build-tokenizer"]
-    assert [step[0] for step in batches[-1]] == ["profile"]  # nothing beside it: it takes the time
+    assert [[[step[0] for step in lane] for lane in batch] for batch in batches[:2]] == [
+        [["prepare-data"]],
+        [["build-tokenizer"]],
+    ]
+    assert [[step[0] for step in lane] for lane in batches[-1]] == [["profile"]]  # alone: it takes the time
     trained, evaluated, models = [], [], set()
     for batch in batches[2:-1]:
-        found = [load_recipe(step[1], step[2:]) for step in batch if step[0] == "train"]
-        # Two RL jobs at a time would not fit into 8 GB.
-        assert sum(recipe.method.name in ("recast", "grpo") for recipe in found) <= 1
-        for step in batch:
-            if step[0] == "evaluate":
-                model = step[step.index("--model") + 1]
-                assert model in models  # made by an earlier batch: those of one run side by side
-                evaluated.append((model, step[step.index("--split") + 1]))
-        trained += found
-        for recipe in found:
-            out = recipe.warm_start.out if recipe.method.name == "sft" else recipe.out
-            models.add(f"{out}/model")
+        before, rl_lanes = frozenset(models), 0
+        assert len(batch) <= 2
+        for lane in batch:
+            ready, rl = set(before), 0  # what another lane of the batch makes may come too late
+            for step in lane:
+                if step[0] == "evaluate":
+                    model = step[step.index("--model") + 1]
+                    assert model in ready
+                    evaluated.append((model, step[step.index("--split") + 1]))
+                else:
+                    recipe = load_recipe(step[1], step[2:])
+                    out = recipe.warm_start.out if recipe.method.name == "sft" else recipe.out
+                    ready.add(f"{out}/model")
+                    trained.append(recipe)
+                    rl += recipe.method.name in ("recast", "grpo")
+            models |= ready
+            rl_lanes += rl > 0
+        assert rl_lanes <= 1  # two RL jobs at a time would not fit into 8 GB
     assert sorted(evaluated) == sorted((model, split) for model in models for split in ("validation", "test"))
     assert {recipe.method.name for recipe in trained} == {"sft", "recast", "grpo", "sft-continued"}
     assert len(trained) == 4
     assert {recipe.rl.steps for recipe in trained} == {2}
     assert len({recipe.warm_start.out for recipe in trained}) == 1  # all arms start from one warm start
     assert len({str(recipe.rl) for recipe in trained}) == 1  # and get the same budget
+
+
+def test_lanes_run_in_order_and_skip_what_is_there(capfd):
+    asked = []
+
+    def prepare(command):
+        asked.append(command)
+        return None if command == ["doctor"] else command
+
+    run_lanes([[["--version"], ["doctor"], ["build-tokenizer", "--help"]]], prepare)
+    assert asked == [["--version"], ["doctor"], ["build-tokenizer", "--help"]]
+    printed = capfd.readouterr().out
+    assert 0 <= printed.index("recast 0.") < printed.index("codebook")
+    assert "transformers" not in printed  # `doctor` lists it
+
+
+def test_a_failed_command_ends_its_lane_and_the_others(tmp_path):
+    asked = []
+    slow = ["prepare-data", "synthetic", "--num-users", "200000", "--out", str(tmp_path / "data")]
+
+    def prepare(command):
+        asked.append(command)
+        return command
+
+    with pytest.raises(EnvironmentFault, match="`recast no-such-command` ended with exit code 2"):
+        run_lanes([[slow, ["doctor"]], [["no-such-command"], ["--version"]]], prepare)
+    assert sorted(asked) == sorted([slow, ["no-such-command"]])
+    assert list(tmp_path.iterdir()) == []  # ended, and nothing half-written

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+Command = list[str]  # arguments of `recast`
+Lane = list[Command]  # one after the other
 
 COLUMNS = {
     "warm_start": "warm start",
@@ -56,19 +60,22 @@ def demo(
     # One process per arm here; the benchmark repeats them (benchmarks/README.md).
     profile = ["--repeats", "1", *(["--steps", "1", "--prompts", "4"] if short else ["--steps", "2"])]
     started, measured = time.monotonic(), False
+
+    def prepare(arguments: Command) -> Command | None:
+        nonlocal measured
+        if is_current(layout, arguments):
+            note(f"reusing {arguments[arguments.index('--out') + 1]}")
+            return None
+        if arguments[0] == "train" and (reason := why_stale(arguments)):
+            note(f"{reason}: made again")
+            arguments = [*arguments, "--overwrite"]
+        note(f"\n$ recast {shlex.join(arguments)}   [{time.monotonic() - started:.0f} s]")
+        measured |= arguments[0] in ("evaluate", "profile")
+        return arguments
+
     with peak_memory() as peak:
         for batch in commands(layout, SHORT if short else [], profile):
-            todo = [arguments for arguments in batch if not is_current(layout, arguments)]
-            for arguments in batch:
-                if arguments not in todo:
-                    note(f"reusing {arguments[arguments.index('--out') + 1]}")
-            for arguments in todo:
-                if arguments[0] == "train" and (reason := why_stale(arguments)):
-                    note(f"{reason}: made again")
-                    arguments.append("--overwrite")
-                note(f"\n$ recast {shlex.join(arguments)}   [{time.monotonic() - started:.0f} s]")
-            measured |= any(arguments[0] in ("evaluate", "profile") for arguments in todo)
-            _run_together(todo)
+            run_lanes(batch, prepare)
     path = out / "summary.json"
     took = {"seconds": round(time.monotonic() - started, 1), "peak_memory_bytes": peak[0]}
     if not measured and path.exists():  # all of it was there: what making it took stays as it is
@@ -79,31 +86,41 @@ def demo(
     _show(summary, out)
 
 
-def _run_together(batch: list[list[str]]) -> None:
-    """Run the commands of a batch, two at a time (memory allows no more), each as a user would start it.
+def run_lanes(lanes: list[Lane], prepare: Callable[[Command], Command | None]) -> None:
+    """Run the lanes of a batch side by side, each command as a user would start it.
 
-    A process of its own gives its memory back when it ends. A command alone has the terminal to itself; of
+    A process of its own gives its memory back when it ends. A lane alone has the terminal to itself; of
     several, progress comes through line by line and tables are kept until their command is done.
+
+    Args:
+        prepare: Called when a command's turn has come: what to run, None for nothing.
+
+    Raises:
+        EnvironmentFault: a command failed; the other lanes are ended.
     """
     import subprocess
     import sys
-    from concurrent.futures import ThreadPoolExecutor
+    import threading
+    from concurrent.futures import ThreadPoolExecutor, as_completed
     from typing import IO
 
     from recast_cli.environment import cpu_count
     from recast_cli.errors import EnvironmentFault
 
-    pipe = subprocess.PIPE if len(batch) > 1 else None
+    pipe = subprocess.PIPE if len(lanes) > 1 else None
     running: list[subprocess.Popen[str]] = []
+    over = threading.Event()
 
     def relay(lines: IO[str]) -> None:
         for line in lines:
             print(line, end="", file=sys.stderr, flush=True)
 
-    def run(arguments: list[str]) -> None:
+    def run(arguments: Command) -> None:
         command = [sys.executable, "-m", "recast_cli.main", *arguments]
         process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
         running.append(process)
+        if over.is_set():
+            process.terminate()
         tables = ""
         if process.stdout and process.stderr:
             with ThreadPoolExecutor(1) as reader:
@@ -116,12 +133,17 @@ def _run_together(batch: list[list[str]]) -> None:
             )
         print(tables, end="", flush=True)
 
-    pool = ThreadPoolExecutor(min(2, cpu_count()))
+    def follow(lane: Lane) -> None:
+        for arguments in lane:
+            if not over.is_set() and (todo := prepare(arguments)) is not None:
+                run(todo)
+
+    pool = ThreadPoolExecutor(min(len(lanes), cpu_count()))
     try:
-        for job in [pool.submit(run, arguments) for arguments in batch]:
+        for job in as_completed([pool.submit(follow, lane) for lane in lanes]):
             job.result()
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        over.set()
         for process in running:
             if process.poll() is None:
                 process.terminate()  # it ends its own children
