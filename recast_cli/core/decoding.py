@@ -11,7 +11,7 @@ slot 0), C = S x K candidates of a prompt, L levels, K codes of a level, V vocab
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -182,14 +182,13 @@ def beam_searches(
     log_probs_BL = torch.zeros(given_BL.shape)
     args = (model, trie, level_offsets, prompts, pad_token_id, exclusions, token_budget)
     with decoding_mode(model):
-        for rows_B, walk, guides in guided_walks(*args, num_answers=width):
-            for beams, guide in zip(found, guides, strict=True):
-                codes, items, scores = _search(walk, guide, width)
+        for rows_B, walk, guides in guided_walks(*args, num_answers=width * len(exclusions)):
+            for beams, (codes, items, scores) in zip(found, _search(walk, guides, width), strict=True):
                 beams.codes_BWL[rows_B, :width] = codes.cpu()
                 beams.items_BW[rows_B, :width] = items.cpu()
                 beams.scores_BW[rows_B, :width] = scores.cpu()
-                walk.rewind()
             if len(given_BL):
+                walk.rewind()
                 log_probs_BL[rows_B] = _force(walk, guides[0], given_BL[rows_B].to(walk.device)).cpu()
     return found, log_probs_BL
 
@@ -224,10 +223,8 @@ def _sample(
         trie_log_probs.append(trie_BSK[batch_B1, slots_BG, codes_BG])
         nodes_BG = guide.trie.find(level, nodes_BG, codes_BG)
         if level + 1 < num_levels:
-            # Told apart by codes, not by node: all answers that are no item would share node -1.
-            members_BS, next_slots_BG = _distinct(slots_BG * guide.trie.codebook_sizes[level] + codes_BG)
-            walk.grow(codes_BG.gather(1, members_BS) + guide.offsets[level], slots_BG.gather(1, members_BS))
-            slots_BG, nodes_BS = next_slots_BG, nodes_BG.gather(1, members_BS)
+            members_BS, slots_BG = _grow(walk, guide, level, slots_BG, codes_BG)
+            nodes_BS = nodes_BG.gather(1, members_BS)
     return (
         torch.stack(codes, dim=-1),
         guide.trie.items(nodes_BG),
@@ -251,6 +248,16 @@ def _draw(log_probs_BSK: torch.Tensor, slots_BG: torch.Tensor, uniforms_BG: torc
     return exceeds_BGK.byte().argmax(dim=-1)
 
 
+def _grow(
+    walk: TreeWalk, guide: Guide, level: int, parents_BG: torch.Tensor, codes_BG: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Feed each distinct code below its parent slot once: a member of each new slot, the slot of each answer."""
+    # Told apart by codes, not by node: all answers that are no item would share node -1.
+    members_BS, slots_BG = _distinct(parents_BG * guide.trie.codebook_sizes[level] + codes_BG)
+    walk.grow(codes_BG.gather(1, members_BS) + guide.offsets[level], parents_BG.gather(1, members_BS))
+    return members_BS, slots_BG
+
+
 def _distinct(keys_BG: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A member of each distinct key of a row (B, S), padded with the first's; the slot of each key (B, G)."""
     sorted_BG, order_BG = keys_BG.sort(dim=1)
@@ -263,36 +270,73 @@ def _distinct(keys_BG: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return members_BS, slots_BG
 
 
-def _search(walk: TreeWalk, guide: Guide, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes (B, W, L), items (B, W) and scores (B, W)."""
-    num_prompts, num_levels = len(guide.rows_B), guide.trie.num_levels
-    scores_BS = torch.zeros(num_prompts, 1, device=walk.device)
-    nodes_BS = torch.zeros(num_prompts, 1, dtype=torch.int64, device=walk.device)
-    codes_BSL = nodes_BS.new_zeros(num_prompts, 1, 0)
-    for level in range(num_levels):
-        size = guide.trie.codebook_sizes[level]
-        log_probs_BSK = guide.log_probs(level, walk.logits_BSV)
-        log_probs_BSK = log_probs_BSK.masked_fill(guide.forbidden(level, nodes_BS), -torch.inf)
-        candidates_BC = (scores_BS[..., None] + log_probs_BSK).flatten(1)
+@dataclass(frozen=True)
+class _Front:
+    """What one search holds between two levels.
+
+    Attributes:
+        slots_BS: Where the walk has each beam (where it had its parent, until the walk has grown).
+        nodes_BS, scores_BS, codes_BSL: Of each beam, as far as it has come; a dead beam scores -inf.
+    """
+
+    slots_BS: torch.Tensor
+    nodes_BS: torch.Tensor
+    scores_BS: torch.Tensor
+    codes_BSL: torch.Tensor
+
+    def extend(self, guide: Guide, level: int, log_probs_BMK: torch.Tensor, width: int) -> _Front:
+        """The best `width` of all continuations, given the log-probs of the level's codes at each slot."""
+        size = log_probs_BMK.shape[-1]
+        log_probs_BSK = log_probs_BMK.gather(1, self.slots_BS[..., None].expand(-1, -1, size))
+        log_probs_BSK = log_probs_BSK.masked_fill(guide.forbidden(level, self.nodes_BS), -torch.inf)
+        candidates_BC = (self.scores_BS[..., None] + log_probs_BSK).flatten(1)
         scores_BS, picks_BS = candidates_BC.topk(min(width, guide.trie.num_nodes[level + 1]), dim=1)
         if not bool(scores_BS[:, 0].isfinite().all()):
             raise ValueError("the model gave logits that are not finite")
-        _settle_ties(guide, level, nodes_BS, candidates_BC, scores_BS, picks_BS)
+        _settle_ties(guide, level, self.nodes_BS, candidates_BC, scores_BS, picks_BS)
         # A dead beam copies the best one, at -inf: it needs a node with children, and never comes back.
         picks_BS = torch.where(scores_BS > -torch.inf, picks_BS, picks_BS[:, :1])
         parents_BS, codes_BS = picks_BS // size, picks_BS % size
-        nodes_BS = guide.trie.find(level, nodes_BS.gather(1, parents_BS), codes_BS)
-        ancestors = codes_BSL.gather(1, parents_BS[..., None].expand(-1, -1, level))
-        codes_BSL = torch.cat([ancestors, codes_BS[..., None]], dim=2)
+        ancestors = self.codes_BSL.gather(1, parents_BS[..., None].expand(-1, -1, level))
+        return _Front(
+            slots_BS=self.slots_BS.gather(1, parents_BS),
+            nodes_BS=guide.trie.find(level, self.nodes_BS.gather(1, parents_BS), codes_BS),
+            scores_BS=scores_BS,
+            codes_BSL=torch.cat([ancestors, codes_BS[..., None]], dim=2),
+        )
+
+    def ranked(self, guide: Guide) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Codes (B, W, L), items (B, W) and scores (B, W), best first; equal scores by item row."""
+        dead_BS = self.scores_BS == -torch.inf
+        items_BS = guide.trie.items(self.nodes_BS).masked_fill(dead_BS, -1)
+        codes_BSL = self.codes_BSL.masked_fill(dead_BS[..., None], -1)
+        order_BS = items_BS.argsort(dim=1, stable=True)
+        by_score_BS = self.scores_BS.gather(1, order_BS).argsort(dim=1, descending=True, stable=True)
+        order_BS = order_BS.gather(1, by_score_BS)
+        codes_BWL = codes_BSL.gather(1, order_BS[..., None].expand_as(codes_BSL))
+        return codes_BWL, items_BS.gather(1, order_BS), self.scores_BS.gather(1, order_BS)
+
+
+def _search(
+    walk: TreeWalk, guides: Sequence[Guide], width: int
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Codes (B, W, L), items (B, W) and scores (B, W) under each guide; shared beams are fed once."""
+    root_B1 = torch.zeros(len(walk.logits_BSV), 1, dtype=torch.int64, device=walk.device)
+    fronts = [_Front(root_B1, root_B1, root_B1.float(), root_B1[..., None][..., :0]) for _ in guides]
+    num_levels = guides[0].trie.num_levels
+    for level in range(num_levels):
+        log_probs_BMK = guides[0].log_probs(level, walk.logits_BSV)
+        fronts = [
+            front.extend(guide, level, log_probs_BMK, width)
+            for front, guide in zip(fronts, guides, strict=True)
+        ]
         if level + 1 < num_levels:
-            walk.grow(codes_BS + guide.offsets[level], parents_BS)
-    dead_BS = scores_BS == -torch.inf
-    items_BS = guide.trie.items(nodes_BS).masked_fill(dead_BS, -1)
-    order_BS = items_BS.argsort(dim=1, stable=True)
-    order_BS = order_BS.gather(1, scores_BS.gather(1, order_BS).argsort(dim=1, descending=True, stable=True))
-    codes_BSL = codes_BSL.masked_fill(dead_BS[..., None], -1)
-    codes_BWL = codes_BSL.gather(1, order_BS[..., None].expand(-1, -1, num_levels))
-    return codes_BWL, items_BS.gather(1, order_BS), scores_BS.gather(1, order_BS)
+            parents = torch.cat([front.slots_BS for front in fronts], dim=1)
+            codes = torch.cat([front.codes_BSL[..., -1] for front in fronts], dim=1)
+            _, slots = _grow(walk, guides[0], level, parents, codes)
+            each = slots.chunk(len(fronts), dim=1)
+            fronts = [replace(front, slots_BS=slots_BS) for front, slots_BS in zip(fronts, each, strict=True)]
+    return [front.ranked(guide) for front, guide in zip(fronts, guides, strict=True)]
 
 
 def _force(walk: TreeWalk, guide: Guide, codes_BL: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from recast_cli.vocabulary import Vocabulary, encode_prompts
 Conversation = Sequence[dict[str, str]]
 Closed = Sequence[NDArray[np.int64]]  # item rows, prompt by prompt
 
-TOKEN_BUDGET = {"cpu": 4096, "cuda": 65536}  # a CPU is fastest while a batch stays in its caches
+TOKEN_BUDGET = {"cpu": 6144, "cuda": 65536}  # a CPU is fastest while a batch stays in its caches
 
 
 @dataclass(frozen=True)

@@ -417,6 +417,26 @@ def test_one_reading_serves_several_searches_and_given_answers(model, trie: Trie
         torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=0)
 
 
+def test_searches_feed_the_beams_they_share_once(model, trie: Trie) -> None:
+    def tokens_fed(exclusions) -> int:
+        fed: list[int] = []
+        hook = model.register_forward_pre_hook(
+            lambda _, args, kwargs: fed.append(kwargs["input_ids"].numel()), with_kwargs=True
+        )
+        try:
+            beam_searches(model, trie, OFFSETS, PROMPTS, 4, pad_token_id=PAD, exclusions=exclusions)
+        finally:
+            hook.remove()
+        return sum(fed)
+
+    best_B = beam_search(model, trie, OFFSETS, PROMPTS, 4, pad_token_id=PAD).items_BW[:, 0].tolist()
+    # All items that begin like the best one: the second search has to go other ways, for a part.
+    closed = trie.exclusion([np.flatnonzero(CODES[:, 0] == CODES[best, 0]) for best in best_B])
+    alone = tokens_fed([None])
+    assert tokens_fed([None, None]) == alone
+    assert alone < tokens_fed([None, closed]) < alone + tokens_fed([closed]) - sum(map(len, PROMPTS))
+
+
 def test_beams_do_not_depend_on_the_batch(model, trie: Trie) -> None:
     together = beam_search(model, trie, OFFSETS, PROMPTS, 8, pad_token_id=PAD)
     apart = beam_search(model, trie, OFFSETS, PROMPTS, 8, pad_token_id=0, token_budget=1)
