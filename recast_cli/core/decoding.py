@@ -251,7 +251,7 @@ def _draw(log_probs_BSK: torch.Tensor, slots_BG: torch.Tensor, uniforms_BG: torc
 def _grow(
     walk: TreeWalk, guide: Guide, level: int, parents_BG: torch.Tensor, codes_BG: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Feed each distinct code below its parent slot once: a member of each new slot, the slot of each answer."""
+    """Feed each distinct code below its parent slot once; a member of each new slot, each answer's slot."""
     # Told apart by codes, not by node: all answers that are no item would share node -1.
     members_BS, slots_BG = _distinct(parents_BG * guide.trie.codebook_sizes[level] + codes_BG)
     walk.grow(codes_BG.gather(1, members_BS) + guide.offsets[level], parents_BG.gather(1, members_BS))
