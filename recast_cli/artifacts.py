@@ -85,10 +85,8 @@ def atomic_dir(target: Path, *, replace: bool = False) -> Iterator[Path]:
         raise ArtifactError(
             f"{target} is the working directory, needed another folder", "choose another --out"
         )
-    if target.exists() and not replace and any(target.iterdir() if target.is_dir() else [target]):
-        raise ArtifactError(
-            f"{target} already exists and is not empty", "choose another --out or pass --overwrite"
-        )
+    if not replace:
+        _refuse_content(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
@@ -103,6 +101,8 @@ def atomic_dir(target: Path, *, replace: bool = False) -> Iterator[Path]:
                 with path.open("rb") as handle:
                     os.fsync(handle.fileno())
         scratch.chmod(0o755)  # mkdtemp makes it private
+        if not replace:
+            _refuse_content(target)  # what came there meanwhile, from another command or from the user
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
             os.rename(target, old / "old")
@@ -119,6 +119,24 @@ def atomic_dir(target: Path, *, replace: bool = False) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _refuse_content(target: Path) -> None:
+    if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
+        raise ArtifactError(
+            f"{target} already exists and is not empty", "choose another --out or pass --overwrite"
+        )
+
+
+def refuse_inside(out: Path, inputs: dict[str, Path | None]) -> None:
+    """Refuse to replace a folder that holds an input: `--overwrite` would remove it.
+
+    Args:
+        inputs: Option -> what it names.
+    """
+    for option, path in inputs.items():
+        if path is not None and path.resolve().is_relative_to(out.resolve()):
+            raise ArtifactError(f"{option} {path} lies inside --out {out}", "choose another --out")
 
 
 def _disk_full(exc: Exception, folder: Path) -> bool:
@@ -165,7 +183,7 @@ def write_manifest(
         folder: The scratch folder of an artifact, complete but for its manifest.
         kind: `dataset`, `tokenizer`, `run`, ...
         parents: kind -> identity (see `identity`) of each artifact it was built from.
-        leave_out: Names of subfolders that may be deleted later: their files are not listed.
+        leave_out: Names of subfolders and files that may be deleted later: they are not listed.
         facts: Anything JSON: seed, parameters, counts.
     """
     files = {

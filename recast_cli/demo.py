@@ -104,8 +104,8 @@ def commands(layout: Layout, overrides: list[str], profile_options: list[str]) -
     profile = ["profile", recast[1], f"out={layout.run / 'profile-runs'}", *shared]
     batches += [
         [[train("warm-start", "sft")]],
-        [[recast], [continued, *evaluate("warm_start"), *evaluate("sft_continued")]],
-        [[grpo], evaluate("rl")],
+        [[recast], [continued, *evaluate("warm_start")]],
+        [[grpo], [*evaluate("sft_continued"), *evaluate("rl")]],
         [[command] for command in evaluate("grpo")],
         [[[*profile, "--out", str(layout.run / "profile"), *profile_options]]],  # alone: it takes the time
     ]
@@ -199,6 +199,9 @@ def summarise(layout: Layout) -> dict[str, Any]:
     def table(split: str, mode: str) -> dict[str, Any]:
         return {arm: found[arm, split]["metrics"][mode]["model"] for arm in ARMS}
 
+    def baselines(mode: str) -> dict[str, Any]:
+        return {name: headline["metrics"][mode][name] for name in ("popularity", "item_knn")}
+
     profile = _read(layout.run / "profile" / "profile.json")
     seconds = {
         arm: {phase: values["median"] for phase, values in found["seconds"].items()}
@@ -223,9 +226,8 @@ def summarise(layout: Layout) -> dict[str, Any]:
         "evaluation_history_kept": table("test", "history_kept"),
         "validation": table("validation", "history_removed"),
         "validation_history_kept": table("validation", "history_kept"),
-        "baselines": {
-            name: headline["metrics"]["history_removed"][name] for name in ("popularity", "item_knn")
-        },
+        "baselines": baselines("history_removed"),
+        "baselines_history_kept": baselines("history_kept"),
         "difference": {arm: _differences(layout, arm) for arm in RECIPES},
         "signal": _signal(rollouts["rl"]) | {"all_zero_after_repair": after_repair},
         "signal_grpo": _signal(rollouts["grpo"]),
@@ -242,7 +244,7 @@ def summarise(layout: Layout) -> dict[str, Any]:
             for values in found.values()
             for mode in ("history_removed", "history_kept")
         )
-        + sum(line["invalid_rollouts"] for lines in rollouts.values() for line in lines),
+        + sum(round(line["invalid"] * line["rollouts"]) for lines in rollouts.values() for line in lines),
     }
 
 

@@ -38,6 +38,7 @@ OWN_OPTIONS = {
     "trainer.device": "device",
 }
 
+_COMMENT = re.compile(r"\s#")
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
@@ -215,6 +216,8 @@ def _override(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise RecipeError(f"override {text!r} is not of the form key=value", "for example rl.steps=20")
+    if _COMMENT.search(value) and value.lstrip()[:1] not in tuple("'\"[{"):
+        value = yaml.safe_dump(value.strip())  # a command line has no comments: out=runs/a #1 is all of it
     try:
         nested: Any = _yaml(value) if value else None
     except yaml.YAMLError as exc:

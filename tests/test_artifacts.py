@@ -88,6 +88,19 @@ def test_an_existing_folder_is_refused_and_kept(tmp_path: Path) -> None:
     assert tree(tmp_path) == {"out/old.txt": "old"}
 
 
+def test_what_came_there_meanwhile_is_refused_and_kept(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="already exists"), artifacts.atomic_dir(tmp_path / "out"):
+        old_artifact(tmp_path / "out")
+    assert tree(tmp_path) == {"out/old.txt": "old"}
+
+
+def test_an_input_inside_the_folder_to_replace_is_refused(tmp_path: Path) -> None:
+    inside, beside = tmp_path / "out" / "raw" / "log.csv", tmp_path / "out.csv"
+    artifacts.refuse_inside(tmp_path / "out", {"--interactions": beside, "--items": None})
+    with pytest.raises(ArtifactError, match=r"--items .*log.csv lies inside --out"):
+        artifacts.refuse_inside(tmp_path / "out", {"--interactions": beside, "--items": inside})
+
+
 def test_an_empty_folder_is_used(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with artifacts.atomic_dir(tmp_path / "out") as scratch:

@@ -9,11 +9,11 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+import recast_cli.commands
 from recast_cli import __version__
 from recast_cli.main import COMMANDS, HIDDEN
 
@@ -32,8 +32,7 @@ HEAVY = (
     "pydantic",
 )
 
-BUILT = tuple(name for name in COMMANDS if find_spec(f"recast_cli.commands.{name}"))
-SHOWN = tuple(name for name in BUILT if name not in HIDDEN)
+SHOWN = tuple(name for name in COMMANDS if name not in HIDDEN)
 
 
 def run(program: str, *args: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -66,10 +65,11 @@ main.main()
 
 
 def test_every_command_is_there() -> None:
-    assert tuple(COMMANDS) == BUILT
+    files = Path(recast_cli.commands.__file__).parent.glob("[!_]*.py")
+    assert sorted(COMMANDS) == sorted(path.stem for path in files)
 
 
-@pytest.mark.parametrize("args", [[], *([name.replace("_", "-")] for name in BUILT)], ids=str)
+@pytest.mark.parametrize("args", [[], *([name.replace("_", "-")] for name in COMMANDS)], ids=str)
 def test_help_loads_nothing_heavy(args: list[str], record_property: Callable[[str, object], None]) -> None:
     program = f"""
 import sys, time

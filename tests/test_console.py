@@ -97,3 +97,8 @@ with progress("users", 2) as advance:
         shown += block
     os.close(ours)
     assert b"2/2" in shown and b"users" in shown
+
+
+def test_a_title_is_text_and_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    console.print_table("dataset shop[final] [/b]", ["a" * 40], [["1"]])
+    assert "dataset shop[final] [/b]" in capsys.readouterr().out

@@ -40,8 +40,8 @@ def layout(tmp_path):
                         "hr@10": len(arm) + number + 0.5 * (mode == "history_kept"),
                         "invalid_items": 1,
                     },
-                    "popularity": {"hr@10": 0.25},
-                    "item_knn": {"hr@10": 0.125},
+                    "popularity": {"hr@10": 0.25 + 0.5 * (mode == "history_kept")},
+                    "item_knn": {"hr@10": 0.125 + 0.5 * (mode == "history_kept")},
                 }
                 for mode in MODES
             }
@@ -57,7 +57,7 @@ def layout(tmp_path):
     for name, shares in (("recast", (0.5, 1.0)), ("grpo", (0.25, 0.25))):
         names = ("all_zero", "single_hit", "multi_hit", "hit_rate", "mean_score", "invalid", "duplicate")
         lines = [
-            {"partition": "train", "rollouts": 8, "invalid_rollouts": number, **dict.fromkeys(names, share)}
+            {"partition": "train", "rollouts": 8, **dict.fromkeys(names, share), "invalid": number / 8}
             for number, share in enumerate(shares)
         ]
         (layout.run / name / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -145,7 +145,10 @@ def test_memory_of_child_processes_counts():
 
 
 def test_one_table_holds_metrics_signal_and_cost(layout):
-    rows = {row[0].strip(): row[1:] for row in table_rows(summarise(layout))}
+    table = table_rows(summarise(layout))
+    kept = [row[0] for row in table].index("test, history kept") + 1
+    assert table[kept] == ["  hr@10", *(len(arm) + 1.5 for arm in ARMS), 0.75, 0.625]
+    rows = {row[0].strip(): row[1:] for row in table[: kept - 1] + table[kept + 2 :]}
     order = list(COLUMNS)
     assert order[:3] == ["warm_start", "rl", "grpo"]
     assert rows["hr@10"][:4] == [len(arm) + 1 for arm in ARMS]

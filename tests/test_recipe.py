@@ -106,6 +106,11 @@ def test_values_are_read_as_yaml(write) -> None:
     assert found.model is None and found.warm_start.epochs == 2 and found.seed == 4
     assert load_recipe(path, ["model="]).model is None
     assert load_recipe(path, ["rl.save_every=5"]).rl.save_every == 5
+    # a command line has no comments: cut at the #, --overwrite would remove another run
+    for text in ("out=runs/a #1", "out='runs/a #1'", "out= runs/a #1 "):
+        assert load_recipe(path, [text]).out == "runs/a #1"
+    with pytest.raises(RecipeError, match=r"rl\.steps: found '20 # many'"):
+        load_recipe(path, ["rl.steps=20 # many"])
 
 
 def test_text_that_could_be_a_number_stays_text(write) -> None:

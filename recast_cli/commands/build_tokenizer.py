@@ -97,7 +97,9 @@ def build_tokenizer(
     if json_output:
         print_json({"out": str(out), "reused": reused, **_summary(manifest)})
     else:
-        _print(out, params, manifest)
+        _print(params, manifest)
+    if not reused:
+        note(f"wrote {out} in {manifest['seconds']:.1f} s")
 
 
 def _summary(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +107,7 @@ def _summary(manifest: dict[str, Any]) -> dict[str, Any]:
     return {key: manifest[key] for key in keys}
 
 
-def _print(out: Path, params: TokenizerParams, manifest: dict[str, Any]) -> None:
+def _print(params: TokenizerParams, manifest: dict[str, Any]) -> None:
     from recast_cli.console import note, print_table
 
     quality, made = manifest["quality"], manifest["model"]
@@ -132,4 +134,3 @@ def _print(out: Path, params: TokenizerParams, manifest: dict[str, Any]) -> None
         f"model: {made['architecture']}, {made['num_parameters']:,} parameters, {made['vocab_size']} tokens"
         + (f" (and {padded} padding rows)" if padded else "")
     )
-    note(f"wrote {out} in {manifest['seconds']:.1f} s" if not params.base_model else f"wrote {out}")

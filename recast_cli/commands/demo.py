@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-Command = list[str]  # arguments of `recast`
-Lane = list[Command]  # one after the other
+if TYPE_CHECKING:
+    from recast_cli.demo import Command, Lane
 
 COLUMNS = {
     "warm_start": "warm start",
@@ -19,6 +19,7 @@ COLUMNS = {
     "popularity": "popularity",
     "item_knn": "item-kNN",
 }
+KEPT = ("hr@10", "ndcg@10")  # of the lists that may name items of the history again
 METRICS = {"hr@1": "hr@1", "hr@10": "hr@10", "ndcg@10": "ndcg@10", "target log-prob": "target_log_prob"}
 SIGNAL = {
     "no hit, as sampled": "all_zero",
@@ -180,6 +181,10 @@ def table_rows(summary: dict[str, Any]) -> list[list[Any]]:
     for place, label in enumerate(("ndcg@10 gained", "95 % from", "95 % to")):
         cells = {arm: f"{interval[place]:+.4f}" for arm, interval in gained.items()}
         rows.append(row(f"  {label}", **cells))
+    kept = summary["evaluation_history_kept"] | summary["baselines_history_kept"]
+    rows += [row(""), row("test, history kept")]
+    for name in KEPT:
+        rows.append(row(f"  {name}", **{arm: values.get(name) for arm, values in kept.items()}))
     recast, stock = summary["signal"], summary["signal_grpo"]
     rows += [row(""), row("groups of rollouts, share with")]
     for label, name in SIGNAL.items():

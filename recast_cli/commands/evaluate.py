@@ -89,13 +89,13 @@ def evaluate(
             seed=seed,
             progress=advance,
         )
+    saved = evaluation.save(out) if out is not None else ()  # first: it took minutes
     if json_output:
         print_json(evaluation.to_json())
     else:
         print_evaluation(evaluation)
-    if out is not None:
-        written, users = evaluation.save(out)
-        note(f"wrote {written} and {users}")
+    if saved:
+        note(f"wrote {saved[0]} and {saved[1]}")
 
 
 def print_evaluation(evaluation: Evaluation) -> None:

@@ -86,6 +86,7 @@ def prepare_data(
 
         recast prepare-data synthetic --out data/synthetic --num-users 1000 --noise 0.05
     """
+    from recast_cli.artifacts import refuse_inside
     from recast_cli.console import note, print_json
     from recast_cli.data.prepare import Params, prepare
 
@@ -116,6 +117,7 @@ def prepare_data(
     begin = time.perf_counter()
     chosen = _choose_source(source, sizes, files, seed)
     out = out or Path("data") / chosen.name
+    refuse_inside(out, {"--interactions": interactions, "--items": items})
     manifest, reused = prepare(chosen, params, out, seed=seed, overwrite=overwrite)
     if reused:
         note(f"{out}: reused, same source and parameters (--overwrite rebuilds it)")

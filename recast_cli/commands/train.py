@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from recast_cli.errors import ArtifactError
-
 if TYPE_CHECKING:
     from recast_cli.recipe import Recipe
     from recast_cli.training.inputs import Inputs
@@ -56,11 +54,7 @@ def train(
     is_warm_start = settings.method.name == "sft"
     model = _start_model(settings, inputs, overwrite=overwrite and is_warm_start)
     if overwrite and not is_warm_start:
-        if model.resolve().is_relative_to((out / "model").resolve()):
-            raise ArtifactError(
-                f"--overwrite would remove the start model {model}", "choose another out= or copy the model"
-            )
-        run.remove(out)
+        run.remove(out, start=model)
     if is_warm_start:
         manifest = load_manifest(warm_start.folder_of(settings), "warm-start")
     else:

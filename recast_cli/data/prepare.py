@@ -34,7 +34,8 @@ class Params:
     """What shapes a dataset beside its source; recorded in the manifest and compared before reuse.
 
     Attributes:
-        k_core: Users and items keep at least this many events; 0 and 1 filter no items (users always need 3).
+        k_core: Users and items keep at least this many events; 0 keeps every item, 1 those with an
+            event (users always need 3).
         history: Most items in a prompt.
         rl_rows: `sft`: RL sees the rows that SFT learned; `held-out`: only a later slice SFT never learned.
         held_out_share: Share of each user's training positions in that slice (at least one position).

@@ -26,6 +26,7 @@ from recast_cli.artifacts import (
     identity,
     is_artifact,
     load_manifest,
+    refuse_inside,
     write_manifest,
 )
 from recast_cli.core.spelling import spell
@@ -119,6 +120,8 @@ def build(
     recorded = _recorded(params, chat_template)
     if out.resolve().is_relative_to(data.resolve()):
         raise ArtifactError(f"--out {out} lies inside --data {data}", "choose another --out")
+    base = Path(params.base_model) if params.base_model is not None else None
+    refuse_inside(out, {"--data": data, "--base-model": base})
     existing = _find_existing(out, dataset, recorded, overwrite)
     if existing is not None:
         return existing, True
@@ -186,14 +189,9 @@ def _recorded(params: TokenizerParams, chat_template: str) -> dict[str, Any]:
     recorded = json.loads(json.dumps(asdict(params)))
     recorded["chat_template_sha256"] = hashlib.sha256(chat_template.encode()).hexdigest()
     if params.base_model is not None:
-        config = Path(params.base_model) / "config.json"
-        weights = sorted(Path(params.base_model).glob("*.safetensors"))
+        files = sorted(path for path in Path(params.base_model).glob("*") if path.is_file())
         # Sizes and times, not hashes: the weights may be many gigabytes.
-        stamp = [
-            (path.name, path.stat().st_size, path.stat().st_mtime_ns)
-            for path in [config, *weights]
-            if path.exists()
-        ]
+        stamp = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         recorded["base_model_stamp"] = hashlib.sha256(repr(stamp).encode()).hexdigest()
     return recorded
 

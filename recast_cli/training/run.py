@@ -119,11 +119,20 @@ def find(recipe: Recipe, inputs: Inputs, model: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def remove(out: Path) -> None:
-    """Remove what a run wrote, and nothing else (a warm start beside it is an artifact of its own)."""
+def remove(out: Path, start: Path | None = None) -> None:
+    """Remove what a run wrote, and nothing else (a warm start beside it is an artifact of its own).
+
+    Raises:
+        ArtifactError: the model `start`, which the next run needs, would go with it.
+    """
     if not (out / "command.txt").exists():
         return
-    for name in ("checkpoints", "model", "logs"):
+    folders = ("checkpoints", "model", "logs")
+    if start is not None and any(start.resolve().is_relative_to((out / name).resolve()) for name in folders):
+        raise ArtifactError(
+            f"--overwrite would remove the start model {start}", "choose another out= or copy the model"
+        )
+    for name in folders:
         shutil.rmtree(out / name, ignore_errors=True)
     # The marker of a run goes last.
     names = ("manifest.json", "metrics.jsonl", "rollouts.jsonl", "rows.parquet", "recipe.yaml", "command.txt")
@@ -147,14 +156,21 @@ def train(recipe: Recipe, inputs: Inputs, model: Path, *, on_step: OnStep | None
     require_space(out, 2 * inputs.checkpoint_bytes(recipe.model))
     out.mkdir(parents=True, exist_ok=True)
     module, arguments = job(recipe, inputs, model, out)
-    atomic_text(out / "command.txt", "\n".join(["python -m " + " ".join(module), *arguments]) + "\n")
-    atomic_text(out / "recipe.yaml", dump_recipe(recipe))
-    facts = {"seed": recipe.seed, "versions": versions(), "git": git_state(), "recipe": recipe.model_dump()}
+    facts = {
+        "seed": recipe.seed,
+        "versions": versions(),
+        "git": git_state(),
+        "recipe": recipe.model_dump(),
+        # Now: a warm start may be made anew while this runs.
+        "start": {"model": str(model), "sha256": weights_sha256(model)},
+    }
     is_sft = recipe.method.name == "sft-continued"
-    pq.write_table(continued_sft_rows(rows) if is_sft else rows, out / "rows.parquet")
     metrics = (out / "metrics.jsonl").resolve()
     log = out.with_name(f"{out.name}.log")  # beside the run, as the warm start's: it must outlive a failure
     try:
+        atomic_text(out / "command.txt", "\n".join(["python -m " + " ".join(module), *arguments]) + "\n")
+        atomic_text(out / "recipe.yaml", dump_recipe(recipe))
+        pq.write_table(continued_sft_rows(rows) if is_sft else rows, out / "rows.parquet")
         run_verl(
             module,
             arguments,
@@ -178,7 +194,7 @@ def train(recipe: Recipe, inputs: Inputs, model: Path, *, on_step: OnStep | None
             "leave trainer.save_freq to rl.save_every",
         )
     shutil.copytree(checkpoints[-1], out / "model", dirs_exist_ok=True)
-    return close(out, inputs, facts | {"start": {"model": str(model), "sha256": weights_sha256(model)}})
+    return close(out, inputs, facts)
 
 
 def close(out: Path, inputs: Inputs, facts: dict[str, Any]) -> dict[str, Any]:

@@ -125,6 +125,7 @@ def train(
             scratch,
             "warm-start",
             parents=inputs.parents,
+            leave_out=("warm_start.log",),
             **facts(recipe),
             versions=versions(),
             epochs=[found for _, found in epochs],

@@ -349,3 +349,18 @@ def test_checkpoints_are_found_in_the_order_of_their_steps(tmp_path: Path) -> No
     (tmp_path / "global_step_12").mkdir()  # nothing exported
     found = [path.relative_to(tmp_path).parts[0] for path in hf_checkpoints(tmp_path)]
     assert found == [f"global_step_{step}" for step in (2, 9, 10, 11)]
+
+
+@pytest.mark.parametrize("where", ["model", "checkpoints/global_step_8/actor/huggingface"])
+def test_overwrite_refuses_to_remove_the_model_it_starts_from(
+    make_recipe, inputs: Inputs, tmp_path: Path, where: str
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(model_of(inputs), out / where)
+    finish_run(make_recipe(model=str(out / where)), inputs)
+    before = sorted(out.rglob("*"))
+    with pytest.raises(ArtifactError, match=f"would remove the start model {out / where}"):
+        run.remove(out, start=out / where)
+    assert sorted(out.rglob("*")) == before
+    run.remove(out, start=model_of(inputs))
+    assert not out.exists()

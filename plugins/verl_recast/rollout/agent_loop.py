@@ -86,7 +86,6 @@ class GroupLoopWorker(AgentLoopWorker):
                 "partition": partition,
                 "prompts": len(rows),
                 "rollouts": len(fields),
-                "invalid_rollouts": int((present_BG & ~valid_BG).sum()),
                 **group_statistics(hits_BG, scores_BG, out["codes_BGL"], valid_BG, present_BG),
                 "sha256": _digest(fields),
             }
