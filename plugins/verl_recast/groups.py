@@ -26,7 +26,7 @@ class Groups:
     Attributes:
         rows_BG: Position of each rollout in the batch's keys.
         index_B: The prompt's `extra_info.index`.
-        tokens_BGL: Response token ids, -1 padded; L is the target's length.
+        tokens_BGL: Response token ids, -1 padded; L is the longest response.
         targets: Per prompt, the target's semantic-ID texts.
     """
 

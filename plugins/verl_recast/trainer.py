@@ -229,8 +229,8 @@ class PPOTrainerRecast(PPOTrainerSync):
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """As verl does, but anchors leave its comparison of rollout with actor: nobody sampled them.
 
-        The key of an anchor still holds the sampling log-probs of the rollout it replaced; the actor's own
-        take their place, so that the ratio is 1 wherever verl forms one.
+        An anchor was stored with zeros for sampling log-probs (`_put_anchors`); the actor's own take their
+        place, so that the ratio is 1 wherever verl forms one.
         """
         anchors = [
             key for key, tag in zip(batch.keys, batch.tags, strict=True) if tag.get("producer") == "anchor"
