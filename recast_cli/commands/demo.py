@@ -71,7 +71,8 @@ def demo(
             note(f"{reason}: made again")
             arguments = [*arguments, "--overwrite"]
         note(f"\n$ recast {shlex.join(arguments)}   [{time.monotonic() - started:.0f} s]")
-        measured |= arguments[0] in ("evaluate", "profile")
+        if arguments[0] in ("evaluate", "profile"):
+            measured = True  # not |=, which two lanes may interleave
         return arguments
 
     with peak_memory() as peak:

@@ -36,7 +36,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="Evaluate this many users, drawn by --seed.")
     ] = None,
     batch_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Most tokens read at once. Default: 4096, on a GPU 65536.")
+        int | None, typer.Option(min=1, help="Most tokens read at once. Default: 6144, on a GPU 65536.")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads. Default: all cores.")] = None,
     seed: Annotated[

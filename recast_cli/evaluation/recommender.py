@@ -121,7 +121,7 @@ class Recommender:
             sid_begin=enclosing[0],
             sid_end=enclosing[1],
             level_tokens=tuple(texts),
-            token_budget=token_budget or TOKEN_BUDGET.get(device, 4096),
+            token_budget=token_budget or TOKEN_BUDGET.get(device, TOKEN_BUDGET["cpu"]),
         )
 
     def encode(self, conversations: Sequence[Conversation]) -> list[list[int]]:
