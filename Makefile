@@ -55,8 +55,8 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 test: setup lint ## lint, type check and the test suite (without the long verl runs)
 	@$(BIN)/python -m pytest -m "not verl and not vllm and not gpu and not demo" $(PYTEST_ARGS)
 
-test-verl: setup ## the tests that start real verl jobs
-	@$(BIN)/python -m pytest -m verl $(PYTEST_ARGS)
+test-verl: setup ## the tests that start real verl jobs, two at a time (12 GiB of memory)
+	@$(BIN)/python -m pytest -m verl -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 demo: setup ## the whole product on MovieLens-100K (about 21 minutes on two cores)
 	@$(BIN)/recast demo $(DEMO_ARGS)

@@ -22,6 +22,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from recast_cli.artifacts import file_sha256
+from recast_cli.errors import RecipeError
 
 Status = Literal["ok", "warning", "error"]
 
@@ -136,7 +137,9 @@ def check_version(
     pin = f"{name}=={tested}" if tested else name
     if found is None:
         if extra:
-            return Finding(name, "warning", "not installed", f"pip install '{DISTRIBUTION}[{extra}]'")
+            return Finding(
+                name, "warning", "not installed", f"pip install '.[{extra}]' in a checkout of recast"
+            )
         return Finding(name, "error", "not installed", f"pip install '{pin}'")
     for by, band in bands.items():
         if not band.contains(found, prereleases=True):
@@ -174,7 +177,10 @@ def check_python() -> Finding:
         needed = importlib.metadata.metadata(DISTRIBUTION)["Requires-Python"]
     except importlib.metadata.PackageNotFoundError:
         return Finding(
-            "python", "error", f"{DISTRIBUTION} is not installed here", f"pip install {DISTRIBUTION}"
+            "python",
+            "error",
+            f"{DISTRIBUTION} is not installed here",
+            "pip install . in a checkout of recast",
         )
     found = platform.python_version()
     if SpecifierSet(needed).contains(found, prereleases=True):
@@ -185,6 +191,17 @@ def check_python() -> Finding:
 def cpu_count() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def require_threads(threads: int) -> None:
+    """Refuse a number of threads that torch cannot start or that would only get in each other's way.
+
+    Raises:
+        RecipeError: naming the most.
+    """
+    cores = cpu_count()
+    if not 1 <= threads <= 4 * cores:
+        raise RecipeError(f"threads is {threads}, needed 1 to {4 * cores} on {cores} cores", "leave it out")
 
 
 def memory_bytes() -> int | None:
@@ -288,5 +305,5 @@ def check_plugin(probed: Mapping[str, Any]) -> Finding:
     elif reason.startswith("verl:"):
         action = "verl itself does not import: mend the versions above"
     else:
-        action = f"mend what it names, or reinstall: pip install --force-reinstall --no-deps {DISTRIBUTION}"
+        action = "mend what it names, or reinstall: pip install --force-reinstall --no-deps . (in a checkout)"
     return Finding("plugin", "error", f"not registered in verl: {reason}", action)

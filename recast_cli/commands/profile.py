@@ -76,7 +76,7 @@ def profile(
     shutil.rmtree(out / "jobs", ignore_errors=True)
     (out / "jobs").mkdir(parents=True)
     (out / "jobs" / MARKER).touch()
-    peak_flops = matmul_peak(device, threads)
+    peak_flops = matmul_peak(device, threads) * settings.num_gpus
     recording = _record(settings, inputs, start, rows, out / "jobs")
     with progress("profile", 2 * repeats * stage.num_steps(steps)) as advance:
         launch = _launcher(settings, inputs, start, rows, steps, lambda _: advance(1))
@@ -92,6 +92,7 @@ def profile(
             "threads": threads,
             "device": device,
             "seed": settings.seed,
+            "rl_rows": inputs.rl_rows,
             "versions": versions(),
             "recipe": loaded.model_dump(),
         },
@@ -228,7 +229,7 @@ def print_profile(result: dict[str, Any]) -> None:
         f"parameters, {setting['device']} ({setting['cpu']}), {setting['threads']} threads",
         f"kept {kept['samples']}/{kept['rollouts']} rollouts, {kept['trainable_groups']} groups trainable; "
         f"{len(stock['repeats'])} processes and {total} timed steps an arm; "
-        f"matrix-product peak {setting['peak_flops'] / 1e9:,.0f} GFLOP/s",
+        f"matrix-product peak {setting['peak_flops'] / 1e9:,.0f} GFLOP/s; RL rows: {setting['rl_rows']}",
     ):
         console().print(line)
 

@@ -41,12 +41,11 @@ def recommend(
 
     from recast_cli.console import note, print_json, print_table
     from recast_cli.data.prompts import build_messages
-    from recast_cli.errors import RecipeError
+    from recast_cli.environment import require_threads
     from recast_cli.evaluation.recommend import recommend as recommend_items
 
     if threads is not None:
-        if threads < 1:
-            raise RecipeError(f"threads is {threads}, needed at least 1")
+        require_threads(threads)
         torch.set_num_threads(threads)
     found = recommend_items(
         model or tokenizer / "model",

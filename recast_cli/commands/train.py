@@ -53,15 +53,13 @@ def train(
     run.require_room(settings)  # before a warm start of minutes
     is_warm_start = settings.method.name == "sft"
     model = _start_model(settings, inputs, overwrite=overwrite and is_warm_start)
-    if overwrite and not is_warm_start:
-        run.remove(out, start=model)
     if is_warm_start:
         manifest = load_manifest(warm_start.folder_of(settings), "warm-start")
     else:
-        found = run.find(settings, inputs, model)
+        found = None if overwrite else run.find(settings, inputs, model)
         if found is not None:
             note(f"reusing the finished run in {out}")
-        manifest = found or _run(settings, inputs, model)
+        manifest = found or _run(settings, inputs, model, overwrite=overwrite)
         model = out / "model"
     if json_output:
         print_json(manifest)
@@ -71,10 +69,9 @@ def train(
 
 def _start_model(settings: Recipe, inputs: Inputs, *, overwrite: bool) -> Path:
     """Folder of the model that RL starts from: named by the recipe, or the warm start, made if need be."""
-    from recast_cli.console import note, print_table, progress
-    from recast_cli.evaluation.evaluate import evaluate_model
+    from recast_cli.console import note
     from recast_cli.models import require_tokenizer, require_vocabulary
-    from recast_cli.training import verl_args, warm_start
+    from recast_cli.training import warm_start
     from recast_cli.vocabulary import Vocabulary
 
     if settings.model:
@@ -83,9 +80,20 @@ def _start_model(settings: Recipe, inputs: Inputs, *, overwrite: bool) -> Path:
         require_tokenizer(Path(settings.model), inputs.tokenizer)
         return Path(settings.model)
     folder = warm_start.folder_of(settings)
-    if not overwrite and warm_start.find(settings, inputs) is not None:
-        note(f"reusing the warm start in {folder}")
-        return folder / "model"
+    with warm_start.exclusive(settings, lambda: note(f"waiting for another process to make {folder}")):
+        if not overwrite and warm_start.find(settings, inputs) is not None:
+            note(f"reusing the warm start in {folder}")
+        else:
+            _warm_up(settings, inputs, overwrite=overwrite)
+    return folder / "model"
+
+
+def _warm_up(settings: Recipe, inputs: Inputs, *, overwrite: bool) -> None:
+    """Make the warm start and show how each epoch validates."""
+    from recast_cli.console import print_table, progress
+    from recast_cli.evaluation.evaluate import evaluate_model
+    from recast_cli.training import verl_args, warm_start
+
     rows: list[list[Any]] = []
 
     def score(model: Path) -> dict[str, float]:
@@ -108,16 +116,16 @@ def _start_model(settings: Recipe, inputs: Inputs, *, overwrite: bool) -> Path:
             on_epoch=lambda number, found: rows.append([number, found["ndcg@10"], found["hr@10"]]),
         )
     best = manifest["best_epoch"]
-    print_table(f"Warm start, validation (best epoch: {best})", ["epoch", "ndcg@10", "hr@10"], rows)
-    return folder / "model"
+    title = f"Warm start, validation (best epoch: {best}; RL rows: {inputs.rl_rows})"
+    print_table(title, ["epoch", "ndcg@10", "hr@10"], rows)
 
 
-def _run(settings: Recipe, inputs: Inputs, model: Path) -> dict[str, Any]:
+def _run(settings: Recipe, inputs: Inputs, model: Path, *, overwrite: bool) -> dict[str, Any]:
     from recast_cli.console import progress
     from recast_cli.training.run import train as train_stage
 
     with progress(settings.method.name, settings.rl.steps) as advance:
-        return train_stage(settings, inputs, model, on_step=lambda _: advance(1))
+        return train_stage(settings, inputs, model, overwrite=overwrite, on_step=lambda _: advance(1))
 
 
 def _show(settings: Recipe, inputs: Inputs, *, json_output: bool) -> None:
@@ -131,8 +139,8 @@ def _show(settings: Recipe, inputs: Inputs, *, json_output: bool) -> None:
     out, start = Path(settings.out), warm_start.folder_of(settings)
     jobs = {}
     if not settings.model and warm_start.find(settings, inputs) is None:
-        # The real run writes them to a scratch folder beside `start`, which replaces it when all is done.
-        jobs["warm start"] = warm_start.job(settings, inputs, (start / "work" / "checkpoints").resolve())
+        # The real run works in a scratch folder beside `start`, which replaces it when all is done.
+        jobs["warm start"] = warm_start.job(settings, inputs, (start / "work").resolve())
     if settings.method.name != "sft":
         model = Path(settings.model) if settings.model else start / "model"
         jobs[settings.method.name] = run.job(settings, inputs, model, out)
@@ -156,7 +164,8 @@ def _show(settings: Recipe, inputs: Inputs, *, json_output: bool) -> None:
         return
     for name, command in commands.items():
         exports = [f"{key}={shlex.quote(value)}" for key, value in environments[name].items()]
-        print(f"# {name}" if name == "warm start" else f"# {name} ({out / 'rows.parquet'} is drawn first)")
+        folder = start / "work" if name == "warm start" else out
+        print(f"# {name} ({folder / 'rows.parquet'} is drawn first)")
         words = 2 + len(jobs[name][0])
         first = shlex.join(command[:words])
         print(" \\\n  ".join([*exports, first, *map(shlex.quote, command[words:])]))

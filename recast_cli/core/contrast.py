@@ -23,7 +23,7 @@ class Selection:
         negative_B: i-, the hardest negative.
         all_zero_B: True where no rollout hit, before any repair.
         trainable_B: True where both i+ and i- exist. The rest are skipped: a group that hits everywhere has
-            no legal negative, an all-zero group that may not be repaired has no positive.
+            no legal negative, an all-zero group that cannot be repaired has no positive.
     """
 
     anchor_B: np.ndarray
@@ -56,7 +56,7 @@ def select_pairs(
     *,
     present_BG: np.ndarray | None = None,
     valid_BG: np.ndarray | None = None,
-    repair: bool = True,
+    lends_BG: np.ndarray | None = None,
 ) -> Selection:
     """Choose anchor, positive and negative of every group.
 
@@ -71,16 +71,17 @@ def select_pairs(
         tie_keys_BG: Distinct keys inside a group (see `seeding.tie_keys`).
         present_BG: True where a rollout exists (ragged groups); default all.
         valid_BG: True where a rollout holds a semantic ID; default all.
-        repair: False for the contrast-only arm: all-zero groups are left without a positive.
+        lends_BG: True where an anchor may take a rollout's place; default all. A thought that broke off
+            cannot lend its text: the next-lowest score is taken, and where nobody lends (or nobody may, as in
+            a contrast-only arm) an all-zero group is left without a positive.
     """
     present_BG = np.ones_like(rewards_BG, dtype=bool) if present_BG is None else present_BG.astype(bool)
     valid_BG = present_BG if valid_BG is None else valid_BG.astype(bool) & present_BG
     hit_BG = (rewards_BG > 0) & present_BG
     all_zero_B = ~hit_BG.any(axis=1)
 
-    anchor_B = _first((-scores_BG, ~valid_BG, tie_keys_BG), present_BG & all_zero_B[:, None])
-    if not repair:
-        anchor_B = np.full_like(anchor_B, -1)
+    may_lend_BG = present_BG if lends_BG is None else lends_BG.astype(bool) & present_BG
+    anchor_B = _first((-scores_BG, ~valid_BG, tie_keys_BG), may_lend_BG & all_zero_B[:, None])
     is_anchor_BG = np.arange(rewards_BG.shape[1])[None, :] == anchor_B[:, None]
 
     natural_B = _first((rewards_BG, tie_keys_BG), hit_BG)

@@ -19,10 +19,10 @@ def code_token(level: int, code: int) -> str:
     return f"<s_{LEVELS[level]}_{code}>"
 
 
-def level_of(token: str) -> int:
-    """Level of a code token, e.g. 1 for `<s_b_7>`; -1 for any other token."""
+def read_code(token: str) -> tuple[int, int]:
+    """Level and code of a code token, e.g. (1, 7) for `<s_b_7>`; (-1, -1) for any other token."""
     match = _CODE.fullmatch(token)
-    return LEVELS.index(match[1]) if match else -1
+    return (LEVELS.index(match[1]), int(match[2])) if match else (-1, -1)
 
 
 def spell(codes: Sequence[int], *, enclose: bool = True) -> str:

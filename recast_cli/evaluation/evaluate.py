@@ -104,9 +104,9 @@ def _check_options(
         ("batch-tokens", batch_tokens),
     ):
         if value is not None and value < 1:
-            raise RecipeError(f"{name} is {value}, needed at least 1")
+            raise RecipeError(f"{name} is {value}, needed at least 1", "leave it out")
     if not modes or not set(modes) <= set(MODES):
-        raise RecipeError(f"modes are {list(modes)}, needed some of {list(MODES)}")
+        raise RecipeError(f"modes are {list(modes)}, needed some of {list(MODES)}", "leave it out")
 
 
 def _load_prompts(

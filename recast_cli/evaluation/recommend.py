@@ -71,7 +71,7 @@ def recommend(
         ArtifactError: the folders do not belong together.
     """
     if num_items < 1:
-        raise RecipeError(f"number of items is {num_items}, needed at least 1")
+        raise RecipeError(f"number of items is {num_items}, needed at least 1", "for example -k 10")
     if bool(items) == (user is not None):
         raise RecipeError("needed a history: item ids, or --user, not both", "recast recommend --user 7")
     manifest = load_manifest(data_dir, "dataset")

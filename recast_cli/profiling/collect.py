@@ -74,9 +74,9 @@ def read_run(arm: str, metrics: Sequence[dict[str, Any]], measured: Path, replay
     for update, optimizer in zip(worker["actor_update"], calls["optimizer"], strict=True):
         for key in ("wall_s", "cpu_s"):
             update[key] += optimizer[key]
-        update["peak_bytes"] = max(update["peak_bytes"], optimizer["peak_bytes"])
-        # Gradients are there when the optimiser starts, and are made (and counted) inside the update.
-        update["resident_bytes"] = min(update["resident_bytes"], optimizer["resident_bytes"])
+        # Above what was there before: gradients are made in the update, and stay while the optimiser works.
+        made = optimizer["resident_bytes"] - update["resident_bytes"]
+        update["peak_bytes"] = max(update["peak_bytes"], made + optimizer["peak_bytes"])
     for phase, found in worker.items():
         assert len(found) == len(metrics), f"{len(found)} {phase} calls in {len(metrics)} steps of {arm}"
 

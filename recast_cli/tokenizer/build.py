@@ -71,22 +71,29 @@ class TokenizerParams:
             RecipeError: naming the option, the value found and the values allowed.
         """
         if self.embeddings not in EMBEDDINGS:
-            raise RecipeError(f"embeddings is {self.embeddings!r}, needed one of {', '.join(EMBEDDINGS)}")
+            raise RecipeError(
+                f"embeddings is {self.embeddings!r}, needed one of {', '.join(EMBEDDINGS)}",
+                "leave it out for both",
+            )
         if not 0 < self.cooccurrence_weight < 1:
             raise RecipeError(
                 f"cooccurrence weight is {self.cooccurrence_weight}, needed between 0 and 1 (both excluded)",
                 "for one source alone pass --embeddings text or --embeddings cooccurrence",
             )
         if self.num_dimensions < 0:
-            raise RecipeError(f"dimensions is {self.num_dimensions}, needed 0 (keep all) or more")
+            raise RecipeError(
+                f"dimensions is {self.num_dimensions}, needed 0 (keep all) or more", "for example 32"
+            )
         if self.hidden_size < 64 or self.hidden_size % 64:
             raise RecipeError(
                 f"hidden size is {self.hidden_size}, needed a multiple of 64", "for example 128"
             )
         if self.num_layers < 1:
-            raise RecipeError(f"layers is {self.num_layers}, needed at least 1")
+            raise RecipeError(f"layers is {self.num_layers}, needed at least 1", "for example 4")
         if not 0 <= self.seed < 2**31 - quantize.MAX_LEVELS:  # faiss takes 32 bits; level l adds l
-            raise RecipeError(f"seed is {self.seed}, needed 0 to {2**31 - quantize.MAX_LEVELS - 1}")
+            raise RecipeError(
+                f"seed is {self.seed}, needed 0 to {2**31 - quantize.MAX_LEVELS - 1}", "for example 0"
+            )
 
 
 def build(

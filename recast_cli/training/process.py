@@ -18,6 +18,7 @@ from typing import Any
 
 from recast_cli.environment import nearest_parent
 from recast_cli.errors import EnvironmentFault
+from recast_cli.probe import probe_plugin
 
 OnStep = Callable[[dict[str, Any]], None]
 
@@ -161,24 +162,29 @@ def run_verl(
             raise
     _report(metrics, offset, on_step)
     if child.returncode:
-        cause = cause_of(log)
-        raise EnvironmentFault(f"{module[-1]} exited with {child.returncode}: {cause}", _advice(cause, log))
+        raise _fault(f"{module[-1]} exited with {child.returncode}", cause_of(log), log)
     return read_metrics(metrics)
 
 
-def _advice(cause: str, log: Path) -> str:
-    """What to do about a failed job. verl hides why a plugin did not load; only what is missing shows."""
-    unregistered = (
-        "Unknown trainer 'recast'",
-        "Unknown rollout mode: recast_sid",
-        "Unknown platform 'cpu'",
-        "Unknown advantage estimator",
-    )
-    if any(sign in cause for sign in unregistered):
-        return f"the plugin is not registered in verl: run `recast doctor`, it says why; the log is {log}"
-    if "No space left" in cause:
-        return f"free some space on the disk of {log.parent}"
-    return f"read {log}"
+# What verl says when it does not know a piece of the plugin. Why it was not loaded, verl keeps to itself.
+_UNREGISTERED = (
+    "Unknown trainer 'recast'",
+    "Unknown rollout mode: recast_sid",
+    "Unknown platform 'cpu'",
+    "Unknown advantage estimator",
+)
+
+
+def _fault(ended: str, cause: str, log: Path) -> EnvironmentFault:
+    """How a job ended, why, and what to do about it."""
+    hint = f"read {log}"
+    if any(sign in cause for sign in _UNREGISTERED):
+        reason = probe_plugin()["error"] or "it loads in a fresh process"
+        cause = f"the plugin is not registered in verl ({reason}): {cause}"
+        hint = f"run `recast doctor`; the log is {log}"
+    elif "No space left" in cause:
+        hint = f"free some space on the disk of {log.parent}"
+    return EnvironmentFault(f"{ended}: {cause}", hint)
 
 
 def _report(metrics: Path, offset: int, on_step: OnStep | None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from recast_cli.training.process import OnStep, hf_checkpoints, read_metrics, re
 def draw_rows(source: Path, num_rows: int, seed: int) -> pa.Table:
     """The RL rows of a run, in training order: a seeded shuffle of all rows, repeated if a run needs more.
 
-    Every method of a study trains on the same prompts in the same order.
+    Every method of a study trains on the same prompts, the RL methods in this order (verl's SFT trainer
+    shuffles once more).
     """
     table = pq.read_table(source)
     if table.num_rows == 0:
@@ -119,35 +121,69 @@ def find(recipe: Recipe, inputs: Inputs, model: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def remove(out: Path, start: Path | None = None) -> None:
-    """Remove what a run wrote, and nothing else (a warm start beside it is an artifact of its own).
+# What a run writes into its directory; the marker of a run comes last.
+FOLDERS = ("checkpoints", "model", "logs")
+FILES = ("manifest.json", "metrics.jsonl", "rollouts.jsonl", "rows.parquet", "recipe.yaml", "command.txt")
 
-    Raises:
-        ArtifactError: the model `start`, which the next run needs, would go with it.
-    """
+
+def remove(out: Path) -> None:
+    """Remove what a run wrote, and nothing else (a warm start beside it is an artifact of its own)."""
     if not (out / "command.txt").exists():
         return
-    folders = ("checkpoints", "model", "logs")
-    if start is not None and any(start.resolve().is_relative_to((out / name).resolve()) for name in folders):
-        raise ArtifactError(
-            f"--overwrite would remove the start model {start}", "choose another out= or copy the model"
-        )
-    for name in folders:
+    for name in FOLDERS:
         shutil.rmtree(out / name, ignore_errors=True)
-    # The marker of a run goes last.
-    names = ("manifest.json", "metrics.jsonl", "rollouts.jsonl", "rows.parquet", "recipe.yaml", "command.txt")
-    for name in names:
+    for name in FILES:
         (out / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # somebody else's files are in it
         out.rmdir()
 
 
-def train(recipe: Recipe, inputs: Inputs, model: Path, *, on_step: OnStep | None = None) -> dict[str, Any]:
+@contextlib.contextmanager
+def _replacing(out: Path, start: Path) -> Iterator[None]:
+    """Set the run in `out` aside; it comes back if the one that replaces it ends before its first step.
+
+    Raises:
+        ArtifactError: the model `start`, which the next run needs, would go with it.
+    """
+    if any(start.resolve().is_relative_to((out / name).resolve()) for name in FOLDERS):
+        raise ArtifactError(
+            f"--overwrite would remove the start model {start}", "choose another out= or copy the model"
+        )
+    if not (out / "command.txt").exists():
+        yield
+        return
+    aside = out.with_name(f".{out.name}.replaced")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    for name in (*FOLDERS, *FILES):
+        if (out / name).exists():
+            (out / name).rename(aside / name)
+    try:
+        yield
+    finally:
+        if not (out / "command.txt").exists():
+            out.mkdir(exist_ok=True)  # it may be gone, empty as it was
+            for path in aside.iterdir():
+                path.rename(out / path.name)
+        shutil.rmtree(aside)
+
+
+def train(
+    recipe: Recipe, inputs: Inputs, model: Path, *, overwrite: bool = False, on_step: OnStep | None = None
+) -> dict[str, Any]:
     """Run the recipe's method from `model` and export the last checkpoint as `OUT/model`.
+
+    Args:
+        model: Folder of the model to start from.
+        overwrite: Replace the run that is there; it is kept if the new one makes no step.
+        on_step: Called with verl's metrics of each step.
 
     Returns:
         The run's manifest.
     """
+    if overwrite:
+        with _replacing(Path(recipe.out), model):
+            return train(recipe, inputs, model, on_step=on_step)
     out = Path(recipe.out)
     num_rows = recipe.rl.steps * recipe.rl.prompts_per_step
     rows = draw_rows(inputs.tokenizer / "verl" / "rl.parquet", num_rows, recipe.seed)

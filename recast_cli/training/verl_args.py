@@ -17,6 +17,14 @@ LOOP_MANAGER = "verl_recast.rollout.agent_loop.GroupLoopManager"
 
 HYDRA_DIR = "logs/hydra"  # below the job's working directory
 
+# A row of verl's that fills a mini-batch up (`padding_utils.SYNTHETIC_PADDING_SEQ_LEN`); one must fit.
+PADDING_ROW_TOKENS = 128
+MICRO_BATCH_TOKENS = (
+    "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
+    "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu",
+    "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu",
+)
+
 # What follows `python -m`.
 RL_MODULE = ["verl.trainer.main_ppo"]
 
@@ -179,6 +187,7 @@ def rl_arguments(
     rollout_log: Path,
 ) -> list[str]:
     """Overrides of `verl.trainer.main_ppo` for the recipe's method."""
+    tokens = max(recipe.rl.max_tokens_per_micro_batch, prompt_length + num_levels, PADDING_ROW_TOKENS)
     options: dict[str, Any] = {
         "data.train_files": quoted(train_file),
         "data.val_files": quoted(val_file),
@@ -191,6 +200,7 @@ def rl_arguments(
         "data.dataloader_num_workers": 0,
         **_actor_options(recipe, model),
         **_rollout_options(recipe, prompt_length, num_levels, rollout_log),
+        **dict.fromkeys(MICRO_BATCH_TOKENS, tokens),
         **_trainer_options(recipe, out),
         **_method_options(recipe),
     }
@@ -209,7 +219,6 @@ def _actor_options(recipe: Recipe, model: Path) -> dict[str, Any]:
         f"+{shared}.override_config.attn_implementation": "flash_attention_2" if packed else "sdpa",
         f"{actor}.ppo_mini_batch_size": rl.mini_batch_prompts or rl.prompts_per_step,
         f"{actor}.use_dynamic_bsz": True,
-        f"{actor}.ppo_max_token_len_per_gpu": rl.max_tokens_per_micro_batch,
         f"{actor}.optim.lr": rl.learning_rate,
         f"{actor}.optim.lr_warmup_steps": rl.warmup_steps,
         f"{actor}.optim.weight_decay": rl.weight_decay,
@@ -222,7 +231,6 @@ def _actor_options(recipe: Recipe, model: Path) -> dict[str, Any]:
         f"{actor}.checkpoint.save_contents": ["model", "optimizer", "extra", "hf_model"],
         f"{actor}.data_loader_seed": recipe.seed,
         f"{ref}.log_prob_use_dynamic_bsz": True,
-        f"{ref}.log_prob_max_token_len_per_gpu": rl.max_tokens_per_micro_batch,
     }
     if device == "cpu":
         options |= _cpu_engine(f"{actor}.fsdp_config") | _cpu_engine(f"{ref}.fsdp_config")
@@ -244,7 +252,6 @@ def _rollout_options(recipe: Recipe, prompt_length: int, num_levels: int, log: P
         f"{rollout}.response_length": num_levels,
         f"{rollout}.tensor_model_parallel_size": 1,
         f"{rollout}.log_prob_use_dynamic_bsz": True,
-        f"{rollout}.log_prob_max_token_len_per_gpu": recipe.rl.max_tokens_per_micro_batch,
         f"{rollout}.free_cache_engine": False,
         f"{rollout}.dtype": "float32" if resolve_device(recipe) == "cpu" else "bfloat16",
         f"{rollout}.seed": recipe.seed,

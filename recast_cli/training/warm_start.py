@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 
 from recast_cli.artifacts import atomic_dir, is_artifact, load_manifest, write_manifest
 from recast_cli.errors import ArtifactError, DataError
@@ -46,6 +55,26 @@ def find(recipe: Recipe, inputs: Inputs) -> dict[str, Any] | None:
     return manifest
 
 
+@contextlib.contextmanager
+def exclusive(recipe: Recipe, on_wait: Callable[[], None]) -> Iterator[None]:
+    """One process of this machine at a time makes a warm start; the others wait, and then find it made.
+
+    Args:
+        on_wait: Called once if another process is at it.
+    """
+    name = hashlib.sha256(str(folder_of(recipe).resolve()).encode()).hexdigest()[:16]
+    lock = FileLock(Path(tempfile.gettempdir()) / f"recast-{os.getuid()}-{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        on_wait()
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def num_steps(recipe: Recipe, inputs: Inputs) -> int:
     """Optimiser steps of all epochs."""
     return inputs.num_sft_rows // recipe.warm_start.batch_size * recipe.warm_start.epochs
@@ -56,14 +85,19 @@ def best_of(epochs: Sequence[Mapping[str, float]]) -> int:
     return max(range(len(epochs)), key=lambda number: (epochs[number]["ndcg@10"], -number))
 
 
-def job(recipe: Recipe, inputs: Inputs, out: Path) -> tuple[list[str], list[str]]:
-    """What follows `python -m`, and the overrides."""
+def shuffled(rows: pa.Table, seed: int) -> pa.Table:
+    """The rows in an order of the seed's own."""
+    return rows.take(np.random.default_rng(seed).permutation(rows.num_rows))
+
+
+def job(recipe: Recipe, inputs: Inputs, work: Path) -> tuple[list[str], list[str]]:
+    """What follows `python -m`, and the overrides, of a job that reads and writes below `work`."""
     settings = recipe.warm_start
     arguments = verl_args.sft_arguments(
         recipe,
         model=(inputs.tokenizer / "model").resolve(),
-        train_file=inputs.sft_rows.resolve(),
-        out=out,
+        train_file=work / "rows.parquet",
+        out=work / "checkpoints",
         epochs=settings.epochs,
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
@@ -106,7 +140,9 @@ def train(
     with atomic_dir(folder, replace=overwrite) as scratch:
         work = scratch / "work"
         work.mkdir()
-        module, arguments = job(recipe, inputs, work / "checkpoints")
+        module, arguments = job(recipe, inputs, work)
+        # verl shuffles every epoch, by a seed that is always 0: the rows' own order makes ours count.
+        pq.write_table(shuffled(pq.read_table(inputs.sft_rows), recipe.seed), work / "rows.parquet")
         metrics = scratch / "metrics.jsonl"
         environment = verl_args.environment(recipe, metrics)
         run_verl(

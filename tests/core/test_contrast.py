@@ -27,8 +27,23 @@ def test_empty_group_is_repaired_at_its_lowest_score():
     assert selection.negative_B.tolist() == [1]
 
 
-def test_without_repair_an_empty_group_is_skipped():
-    selection = select_pairs(np.zeros((1, 4)), np.zeros((1, 4)), _keys([1, 2, 3, 4]), repair=False)
+def test_a_rollout_that_cannot_lend_leaves_the_anchor_to_the_next_lowest_score():
+    lends = np.array([[True, True, False, True]])
+    selection = select_pairs(
+        np.zeros((1, 4)), np.array([[0.1, 0.01, 0, 0.1]]), _keys([1, 2, 3, 4]), lends_BG=lends
+    )
+    assert selection.anchor_B.tolist() == selection.positive_B.tolist() == [1]
+    assert selection.negative_B.tolist() == [3]  # of the two at 0.1 the larger key
+    # a natural hit needs no anchor, whoever could lend
+    hit = select_pairs(
+        np.array([[1, 0]]), np.array([[1, 0.1]]), _keys([1, 2]), lends_BG=np.array([[False, False]])
+    )
+    assert (hit.positive_B.tolist(), hit.negative_B.tolist()) == ([0], [1])
+
+
+def test_an_empty_group_in_which_nobody_lends_is_skipped():
+    nobody = np.zeros((1, 4), dtype=bool)
+    selection = select_pairs(np.zeros((1, 4)), np.zeros((1, 4)), _keys([1, 2, 3, 4]), lends_BG=nobody)
     assert selection.anchor_B.tolist() == selection.positive_B.tolist() == [-1]
     assert selection.trainable_B.tolist() == [False]
 
@@ -72,12 +87,13 @@ def test_advantages_are_plus_and_minus_w():
     assert pair_advantages(np.array([1.0, 0.0]), w_positive=2, w_negative=0.25).tolist() == [2.0, -0.25]
 
 
-def _reference(rewards, scores, keys, present, valid, repair):
+def _reference(rewards, scores, keys, present, valid, lends):
     """One group, in plain Python: (anchor, positive, negative)."""
     rows = [g for g in range(len(rewards)) if present[g]]
     anchor = -1
-    if rows and repair and not any(rewards[g] > 0 for g in rows):
-        anchor = min(rows, key=lambda g: (scores[g], valid[g], -int(keys[g])))
+    lenders = [g for g in rows if lends[g]]
+    if lenders and not any(rewards[g] > 0 for g in rows):
+        anchor = min(lenders, key=lambda g: (scores[g], valid[g], -int(keys[g])))
     hits = [g for g in rows if rewards[g] > 0]
     positive = anchor if anchor >= 0 else max(hits, key=lambda g: (rewards[g], keys[g]), default=-1)
     misses = [g for g in rows if rewards[g] <= 0 and g != anchor]
@@ -86,18 +102,19 @@ def _reference(rewards, scores, keys, present, valid, repair):
 
 
 @settings(max_examples=200)
-@given(st.integers(0, 2**32 - 1), st.booleans())
-def test_matches_the_plain_loop_on_ragged_groups(seed, repair):
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.5, 1.0]))
+def test_matches_the_plain_loop_on_ragged_groups(seed, lending):
     rng = np.random.default_rng(seed)
     B, G = rng.integers(1, 6), rng.integers(1, 9)
     present = rng.random((B, G)) < 0.85
     valid = (rng.random((B, G)) < 0.8) & present
     hit = (rng.random((B, G)) < rng.choice([0.0, 0.1, 0.9])) & valid
     scores = np.where(hit, 1.0, np.where(valid, rng.choice([0.0, 0.01, 0.1], size=(B, G)), 0.0))
+    lends = rng.random((B, G)) < lending
     keys = tie_keys(int(seed), 3, np.arange(B), G)
-    found = select_pairs(hit.astype(float), scores, keys, present_BG=present, valid_BG=valid, repair=repair)
+    found = select_pairs(hit.astype(float), scores, keys, present_BG=present, valid_BG=valid, lends_BG=lends)
     for b in range(B):
-        expected = _reference(hit[b].astype(float), scores[b], keys[b], present[b], valid[b], repair)
+        expected = _reference(hit[b].astype(float), scores[b], keys[b], present[b], valid[b], lends[b])
         assert (found.anchor_B[b], found.positive_B[b], found.negative_B[b]) == expected
 
 

@@ -43,6 +43,20 @@ def test_a_negative_weight_of_zero_learns_from_the_positive_alone() -> None:
     assert torch.equal(found, torch.tensor([[1.0, 1, 1], [0, 0, 0], [0, 0, 0], [1, 1, 0]]))
 
 
+def test_a_whole_group_is_refused_since_nothing_selected_from_it() -> None:
+    """verl's own trainer with this estimator would push every rollout by w: no method at all."""
+    three = torch.tensor([[0, 0, 1.0], [0, 0, 0], [0, 0, 0], [0, 1.0, 0]])
+    data = DataProto.from_dict(
+        {"token_level_rewards": three, "response_mask": torch.ones(4, 3)},
+        non_tensors={"uid": np.array(["a", "a", "a", "b"], dtype=object)},
+    )
+    with pytest.raises(ValueError, match="got 3 rollouts of a group, needs the 2 that"):
+        compute_advantage(data, adv_estimator="recast", config=OmegaConf.create({}))
+    # masked padding rows of one group are no rollouts
+    data.batch["response_mask"] = torch.tensor([[1, 1, 1], [1, 1, 1], [0, 0, 0], [1, 1, 1]])
+    compute_advantage(data, adv_estimator="recast", config=OmegaConf.create({}))
+
+
 def test_registers_once_under_its_name() -> None:
     estimator.register()
     estimator.register()  # verl itself refuses a second function under one name

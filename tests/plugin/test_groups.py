@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 
-from recast_cli.tokenizer.model import bare_tokenizer
-from recast_cli.tokenizer.vocabulary import add_semantic_ids
 from verl_recast.groups import (
     _group_rows,
     _require_own_index,
-    anchor_tokens,
     minibatch_order,
     response_fields,
     share_without_hit,
@@ -40,9 +35,9 @@ def test_groups_of_one_index_stay_apart() -> None:
 
 
 def test_one_index_for_different_targets_is_refused_and_for_one_row_twice_is_not() -> None:
-    _require_own_index([(4, ["<a>"]), (4, ["<a>"]), (5, ["<a>"])])
+    _require_own_index([(4, [(1, 2)]), (4, [(1, 2)]), (5, [(1, 2)])])
     with pytest.raises(ValueError, match=r"2 of 3 prompts have extra_info\.index 0, each row needs its own"):
-        _require_own_index([(0, ["<a>"]), (7, ["<a>"]), (0, ["<b>"])])
+        _require_own_index([(0, [(1, 2)]), (7, [(1, 2)]), (0, [(1, 3)])])
 
 
 def test_one_rank_one_minibatch_keeps_the_order() -> None:
@@ -103,50 +98,6 @@ def test_every_row_is_used_once_and_each_rank_gets_its_share_of_every_minibatch(
 def test_rows_that_ranks_cannot_share_are_refused() -> None:
     with pytest.raises(ValueError, match=r"keeps 2 rows, which 4 .*ppo_mini_batch_size to a multiple of 4"):
         minibatch_order([0, 1], 2, 1, 2, 4)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    """Three levels of 4 codes; "think" stands for the text of a thought."""
-    tokenizer = bare_tokenizer()
-    add_semantic_ids(tokenizer, (4, 4, 4))
-    tokenizer.add_tokens(["think"])
-    return tokenizer
-
-
-THOUGHT = "think<|sid_begin|>"
-
-
-@pytest.mark.parametrize(
-    ("response", "anchor"),
-    [
-        ("<s_a_1><s_b_2><s_c_3>", "<s_a_0><s_b_0><s_c_1>"),
-        ("<s_a_1><s_b_2><s_c_3>EOS", "<s_a_0><s_b_0><s_c_1>EOS"),
-        (f"{THOUGHT}<s_a_1><s_b_2><s_c_3><|sid_end|>EOS", f"{THOUGHT}<s_a_0><s_b_0><s_c_1><|sid_end|>EOS"),
-        # the last of two is the answer
-        (
-            "<s_a_1><s_b_2><s_c_3>think<s_a_2><s_b_2><s_c_2>EOS",
-            "<s_a_1><s_b_2><s_c_3>think<s_a_0><s_b_0><s_c_1>EOS",
-        ),
-        # none: broken off, in another order, no code at all
-        ("<s_a_1><s_b_2>EOS", "<s_a_0><s_b_0><s_c_1>EOS"),
-        ("<s_b_2><s_a_1><s_c_3>EOS", "<s_a_0><s_b_0><s_c_1>EOS"),
-        ("thinkthink", "<s_a_0><s_b_0><s_c_1>"),
-    ],
-)
-def test_an_anchor_keeps_what_stands_round_the_semantic_id(
-    tokenizer: Any, response: str, anchor: str
-) -> None:
-    def ids(text: str) -> list[int]:
-        return tokenizer(text.replace("EOS", tokenizer.eos_token), add_special_tokens=False)["input_ids"]
-
-    assert anchor_tokens(ids(response), ids("<s_a_0><s_b_0><s_c_1>"), tokenizer) == ids(anchor)
-
-
-def test_a_target_whose_codes_are_no_tokens_is_refused(tokenizer: Any) -> None:
-    codes = tokenizer("<s_a_0><s_c_1>", add_special_tokens=False)["input_ids"]
-    with pytest.raises(ValueError, match=r"'<s_a_0><s_c_1>' is 2 tokens, needed one for each code"):
-        anchor_tokens(codes, codes, tokenizer)
 
 
 def test_the_fields_of_a_response_are_those_the_actor_reads() -> None:

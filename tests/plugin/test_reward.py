@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from recast_cli.core.spelling import find_all
 from verl_recast.catalogue import Catalogue
-from verl_recast.reward import compute_score
+from verl_recast.reward import compute_score, require_targets
 
 TARGET = "<s_a_1><s_b_7><s_c_0>"
 
@@ -62,13 +62,25 @@ def test_score_by_hand(response: str, ground_truth: str | list[str], score: floa
     found = compute_score("movies", response, ground_truth, {"index": 3})
     assert found["score"] == found["hit"] == score
     assert found["structural_score"] == pytest.approx(structural, rel=1e-12)
-    assert found["valid"] == 1
 
 
 @pytest.mark.parametrize("response", ["", "I do not know", "<s_a_1><s_b_7>", f"{TARGET}<s_d_1>"])
 def test_a_response_without_a_semantic_id_of_the_targets_length_scores_nothing(response: str) -> None:
     found = compute_score("movies", response, TARGET)
-    assert found == {"score": 0, "hit": 0, "structural_score": 0, "valid": 0}
+    assert found == {"score": 0, "hit": 0, "structural_score": 0}
+
+
+@pytest.mark.parametrize(
+    "ground_truth",
+    [[TARGET, "<s_a_2><s_b_3><s_c_4>"], f"<|sid_begin|>{TARGET}<|sid_end|><s_a_2><s_b_3><s_c_4>"],
+)
+def test_several_targets_may_stand_in_one_text_or_in_several(ground_truth: str | list[str]) -> None:
+    assert require_targets(ground_truth) == [(1, 7, 0), (2, 3, 4)]
+
+
+def test_a_row_without_a_target_is_named() -> None:
+    with pytest.raises(ValueError, match="ground_truth holds no semantic ID: 'item 7'"):
+        require_targets("item 7")
 
 
 def test_without_a_target_nothing_hits() -> None:

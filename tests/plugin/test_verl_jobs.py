@@ -31,7 +31,8 @@ from recast_cli.core.decoding import sample
 from recast_cli.core.seeding import uniforms
 from verl_recast.catalogue import Catalogue
 
-pytestmark = pytest.mark.verl
+# One worker for all that may meet the Ray cluster which a test here starts.
+pytestmark = [pytest.mark.verl, pytest.mark.xdist_group("jobs")]
 
 SEED, PROMPTS, GROUP, STEPS = 3, 4, 4, 2
 RECIPE = f"""
@@ -359,7 +360,8 @@ def test_plugin_that_failed_to_load_is_named(recast_job: Job, workspace: Path) -
     assert code == 2
     lines = [line for line in stderr.splitlines() if line.startswith(("error:", "hint:"))]
     assert len(lines) == 2, stderr
-    assert "the plugin is not registered in verl: run `recast doctor`" in lines[1]
+    assert "the plugin is not registered in verl (ImportError: broken on purpose" in lines[0]
+    assert lines[1].startswith("hint: run `recast doctor`; the log is ")
     assert not (workspace / "no-plugin").exists()
 
 

@@ -37,7 +37,7 @@ def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(embed, "MINILM_PACKAGE", "a_package_nobody_has")
     with pytest.raises(EnvironmentFault, match="a_package_nobody_has") as caught:
         embed.minilm_folder()
-    assert "verl-recast[embed]" in caught.value.hint
+    assert "pip install '.[embed]'" in caught.value.hint
 
 
 def test_training_events_leave_out_the_last_two() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
+import threading
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -213,6 +214,15 @@ def test_a_full_disk_is_seen_before_anything_starts(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_seed_gives_the_windows_of_the_warm_start_an_order_of_its_own(inputs: Inputs) -> None:
+    """verl's SFT trainer shuffles by a seed that no option reaches."""
+    windows = pq.read_table(inputs.sft_rows)
+    first, again, other = (warm_start.shuffled(windows, seed) for seed in (0, 0, 1))
+    assert first.equals(again) and not first.equals(other)
+    for shuffled in (first, other):
+        assert sorted(map(str, shuffled.to_pylist())) == sorted(map(str, windows.to_pylist()))
+
+
 @pytest.mark.parametrize(("ndcg", "best"), [([0.1, 0.3, 0.2], 1), ([0.3, 0.1, 0.3], 0), ([0.1, 0.2], 1)])
 def test_the_epoch_that_validates_best_is_kept(ndcg: list[float], best: int) -> None:
     epochs = [{"ndcg@10": value, "hr@10": 1 - value} for value in ndcg]
@@ -259,7 +269,8 @@ def test_dry_run_prints_the_commands_and_the_whole_recipe_and_starts_nothing(
     first, second, resolved = done.stdout.split("\n\n", 2)
     words = [shlex.split(part.replace("\\\n", " "), comments=True) for part in (first, second)]
     assert words[0][words[0].index("python") :][:3] == ["python", "-m", "torch.distributed.run"]
-    assert {"trainer.total_epochs=3", f"data.train_files='{inputs.sft_rows.resolve()}'"} <= set(words[0])
+    rows = tmp_path.resolve() / "run" / "warm_start" / "work" / "rows.parquet"
+    assert {"trainer.total_epochs=3", f"data.train_files='{rows}'"} <= set(words[0])
     assert words[1][words[1].index("python") :][:3] == ["python", "-m", "verl.trainer.main_ppo"]
     assert {"algorithm.adv_estimator=recast", "actor_rollout_ref.rollout.n=5"} <= set(words[1])
     assert "VERL_PLATFORM=cpu" in words[1][: words[1].index("python")]
@@ -292,6 +303,25 @@ def test_warm_start_is_shared_by_recipes_that_start_alike(
     for changed in ({"warm_start": {**shared, "epochs": 3}}, {"warm_start": shared, "seed": 9}):
         with pytest.raises(ArtifactError, match="warm start of other data or settings"):
             warm_start.find(make_recipe(**changed), inputs)
+
+
+def test_a_second_process_waits_for_a_warm_start_that_is_being_made(make_recipe) -> None:
+    recipe, order = make_recipe(), []
+    waiting = threading.Event()
+
+    def second() -> None:
+        with warm_start.exclusive(recipe, waiting.set):
+            order.append("second")
+
+    with warm_start.exclusive(recipe, lambda: order.append("the first never waits")):
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert waiting.wait(10)
+        other = make_recipe(warm_start={"out": "elsewhere"})
+        with warm_start.exclusive(other, lambda: order.append("nor does another folder's")):
+            order.append("first")
+    thread.join(10)
+    assert order == ["first", "second"]
 
 
 def test_unfinished_warm_start_is_refused(make_recipe, inputs: Inputs) -> None:
@@ -360,7 +390,26 @@ def test_overwrite_refuses_to_remove_the_model_it_starts_from(
     finish_run(make_recipe(model=str(out / where)), inputs)
     before = sorted(out.rglob("*"))
     with pytest.raises(ArtifactError, match=f"would remove the start model {out / where}"):
-        run.remove(out, start=out / where)
+        run.train(make_recipe(), inputs, out / where, overwrite=True)
     assert sorted(out.rglob("*")) == before
-    run.remove(out, start=model_of(inputs))
-    assert not out.exists()
+
+
+def test_overwrite_keeps_the_old_run_if_the_new_one_makes_no_step(
+    make_recipe, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish_run(make_recipe(), inputs)
+    out = tmp_path / "run"
+    (out / "checkpoints").mkdir()
+    (out / "checkpoints" / "weights.pt").write_bytes(b"mine")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    # a job that verl refuses when it reads the command line
+    refused = make_recipe(verl={"no.such.key": 1}, ray_cpus=8)
+    with pytest.raises(EnvironmentFault, match=r"main_ppo exited with 1: .*no\.such"):
+        run.train(refused, inputs, model_of(inputs), overwrite=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    # or one that the disk cannot hold
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 0, 1))
+    with pytest.raises(EnvironmentFault, match="free, the checkpoints need"):
+        run.train(make_recipe(), inputs, model_of(inputs), overwrite=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir() if "replaced" in path.name] == []

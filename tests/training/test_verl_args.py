@@ -176,6 +176,11 @@ def test_numbers_of_the_recipe_reach_verl(make_recipe) -> None:
     assert (config.trainer.total_training_steps, config.trainer.save_freq) == (7, 7)
     assert (rollout.seed, actor.data_loader_seed, config.algorithm.recast.seed) == (5, 5, 5)
     assert not config.data.shuffle and not actor.shuffle
+    tokens = [OmegaConf.select(config, key) for key in verl_args.MICRO_BATCH_TOKENS]
+    assert tokens == [8192] * 3
+    # the longest row must fit, and so must verl's padding row of 128 tokens
+    small = composed("verl.trainer.main_ppo", rl(make_recipe(rl={"max_tokens_per_micro_batch": 7})))
+    assert [OmegaConf.select(small, key) for key in verl_args.MICRO_BATCH_TOKENS] == [128] * 3
     every = composed("verl.trainer.main_ppo", rl(make_recipe(rl={"save_every": 2})))
     assert every.trainer.save_freq == 2
 

@@ -24,11 +24,10 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from recast_cli.core.scoring import score_rollouts
 from recast_cli.core.signal import group_statistics
-from recast_cli.core.spelling import find_all
 from recast_cli.vocabulary import encode_prompts
 from verl_recast.catalogue import Catalogue
 from verl_recast.groups import response_fields
-from verl_recast.reward import target_texts
+from verl_recast.reward import require_targets
 from verl_recast.settings import RecastSettings
 
 logger = logging.getLogger(__name__)
@@ -75,7 +74,7 @@ class GroupLoopWorker(AgentLoopWorker):
         prompts = self._encode([list(row["raw_prompt"]) for row in rows])
         out = await self._answers(rows, prompts, validate=validate)
         hits_BG, scores_BG, valid_BG = self._score(rows, out["codes_BGL"])
-        keys, fields, tags = self._records(rows, prompts, out, hits_BG, scores_BG, valid_BG)
+        keys, fields, tags = self._records(rows, prompts, out, hits_BG, scores_BG)
         await tq.async_kv_batch_put(
             keys=keys, fields=list_of_dict_to_tensordict(fields), tags=tags, partition_id=partition
         )
@@ -124,7 +123,7 @@ class GroupLoopWorker(AgentLoopWorker):
         self, rows: list[dict[str, Any]], codes_BGL: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Hit, structural score and validity (membership in the catalogue) of every rollout, each (B, G)."""
-        targets = [_targets(row["reward_model"]["ground_truth"]) for row in rows]
+        targets = [require_targets(row["reward_model"]["ground_truth"]) for row in rows]
         most = max(len(target) for target in targets)
         targets_BTL = np.full((len(rows), most, self.catalogue.num_levels), -1, dtype=np.int64)
         mask_BT = np.zeros((len(rows), most), dtype=bool)
@@ -143,14 +142,13 @@ class GroupLoopWorker(AgentLoopWorker):
         out: dict[str, Any],
         hits_BG: np.ndarray,
         scores_BG: np.ndarray,
-        valid_BG: np.ndarray,
     ) -> tuple[list[str], list[dict[str, Any]], list[dict[str, Any]]]:
         """TransferQueue keys, fields and tags of every rollout; a missing beam (-1) leaves no record."""
         codes_BGL, log_probs_BGL = out["codes_BGL"], out["log_probs_BGL"]
         tokens_BGL = torch.from_numpy(self.catalogue.token_ids(codes_BGL))
         keys, fields, tags = [], [], []
         for b, g in np.argwhere((codes_BGL >= 0).all(axis=-1)).tolist():
-            info = {"hit": hits_BG[b, g], "structural_score": scores_BG[b, g], "valid": valid_BG[b, g]}
+            info = {"hit": hits_BG[b, g], "structural_score": scores_BG[b, g]}
             record = _record(rows[b], prompts[b], tokens_BGL[b, g], info, out["global_steps"])
             record["session_id"] = g
             if self.rollout_config.calculate_log_probs:
@@ -212,13 +210,6 @@ class GroupLoopManager(AgentLoopManagerTQ):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.agent_loop_workers_class = ray.remote(self.worker_class)
-
-
-def _targets(ground_truth: Any) -> list[tuple[int, ...]]:
-    targets = [sid for text in target_texts(ground_truth) for sid in find_all(text)]
-    if not targets:
-        raise ValueError(f"reward_model.ground_truth holds no semantic ID: {ground_truth!r}")
-    return targets
 
 
 def _rows(batch: TensorDict) -> list[dict[str, Any]]:
