@@ -22,6 +22,8 @@ import torch
 from recast_cli.core.exclusion import Exclusion
 from recast_cli.core.trie import Trie
 
+TOKEN_BUDGET = 16384  # of a micro-batch: padded prompts plus answers
+
 
 class TreeWalk:
     """Prompts of one micro-batch and the answers grown under them; call it inside `decoding_mode`.
@@ -204,3 +206,25 @@ def micro_batches(
 def _attention(model: Any) -> str:
     """Name of the attention, `eager` where a model does not say."""
     return getattr(getattr(model, "config", None), "_attn_implementation", None) or "eager"
+
+
+def grow_distinct(
+    walk: TreeWalk, guide: Guide, level: int, parents_BG: torch.Tensor, codes_BG: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Feed each distinct code below its parent slot once; a member of each new slot, each answer's slot."""
+    # Told apart by codes, not by node: all answers that are no item would share node -1.
+    members_BS, slots_BG = distinct(parents_BG * guide.trie.codebook_sizes[level] + codes_BG)
+    walk.grow(codes_BG.gather(1, members_BS) + guide.offsets[level], parents_BG.gather(1, members_BS))
+    return members_BS, slots_BG
+
+
+def distinct(keys_BG: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A member of each distinct key of a row (B, S), padded with the first's; the slot of each key (B, G)."""
+    sorted_BG, order_BG = keys_BG.sort(dim=1)
+    is_new_BG = torch.ones_like(sorted_BG, dtype=torch.bool)
+    is_new_BG[:, 1:] = sorted_BG[:, 1:] != sorted_BG[:, :-1]
+    rank_BG = is_new_BG.cumsum(dim=1) - 1
+    slots_BG = torch.empty_like(rank_BG).scatter_(1, order_BG, rank_BG)
+    members_BS = order_BG[:, :1].repeat(1, int(rank_BG[:, -1].max()) + 1)
+    members_BS.scatter_(1, rank_BG, order_BG)  # equal keys are one answer: any may stand for it
+    return members_BS, slots_BG

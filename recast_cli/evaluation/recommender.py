@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from recast_cli.artifacts import load_manifest, require_parent
-from recast_cli.core.decoding import beam_searches
+from recast_cli.core.beam_search import beam_searches
 from recast_cli.core.trie import Trie
 from recast_cli.errors import ArtifactError
 from recast_cli.evaluation.loading import read_catalogue

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from recast_cli.core import decoding
+from recast_cli.core.sampling import sample
 from recast_cli.core.seeding import uniforms
 from recast_cli.core.trie import Trie
 from recast_cli.models import load_model
@@ -59,7 +59,7 @@ def record(
     prompts = encode_prompts(tokenizer, [row["prompt"] for row in table])
     index_B = np.array([row["extra_info"]["index"] for row in table])
     draws_BGL = uniforms(seed, 0, index_B, group_size, vocabulary.num_levels)
-    samples = decoding.sample(
+    samples = sample(
         model,
         Trie.load(tokenizer_dir / "trie.npz"),
         vocabulary.level_offsets,

@@ -27,7 +27,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recast_cli.artifacts import load_manifest
-from recast_cli.core.decoding import sample
+from recast_cli.core.sampling import sample
 from recast_cli.core.seeding import uniforms
 from verl_recast.catalogue import Catalogue
 

@@ -12,8 +12,10 @@ import torch
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.rollout.replica import TokenOutput
 
-from recast_cli.core import decoding
+from recast_cli.core.beam_search import beam_search
+from recast_cli.core.sampling import sample
 from recast_cli.core.seeding import hash64, uniforms
+from recast_cli.core.walk import TOKEN_BUDGET
 from verl_recast.catalogue import Catalogue
 
 
@@ -40,7 +42,7 @@ class SIDServer:
             model_config.hf_config, dtype=PrecisionType.to_dtype(config.dtype), attn_implementation="sdpa"
         )
         self.model = model.to(self.device).eval()
-        self.token_budget = int(config.custom.get("token_budget", decoding.TOKEN_BUDGET))
+        self.token_budget = int(config.custom.get("token_budget", TOKEN_BUDGET))
         self.global_steps: int | None = None  # None until the first weights arrive
         self._arrived: set[str] = set()  # parameters of the update that is under way
 
@@ -73,7 +75,7 @@ class SIDServer:
         catalogue = self.catalogue
         common: dict[str, Any] = {"pad_token_id": catalogue.pad_token_id, "token_budget": self.token_budget}
         if temperature == 0:
-            beams = decoding.beam_search(
+            beams = beam_search(
                 self.model, catalogue.trie, catalogue.level_offsets, prompts, num_rollouts, **common
             )
             log_probs_BGL = np.full((*beams.scores_BW.shape, catalogue.num_levels), np.nan, dtype=np.float32)
@@ -83,7 +85,7 @@ class SIDServer:
                 "global_steps": self.global_steps,
             }
         draws_BGL = uniforms(seed, step, np.asarray(index_B), num_rollouts, catalogue.num_levels)
-        samples = decoding.sample(
+        samples = sample(
             self.model,
             catalogue.trie,
             catalogue.level_offsets,

@@ -1,0 +1,144 @@
+"""Sampling of semantic IDs inside a catalogue: what rollouts are made of.
+
+The answers of a prompt are walked as a tree (walk.py), so a prompt is read once and answers with a common
+prefix share its tokens. The model's generation_config is never read: a checkpoint's top_k or repetition
+penalty must not leak in. Probabilities are float32, draws float64.
+
+Shapes: B prompts, G rollouts, S slots (distinct partial answers of a prompt, padded with copies of slot 0),
+L levels, K codes of a level, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from recast_cli.core.trie import Exclusion, Trie
+from recast_cli.core.walk import TOKEN_BUDGET, Guide, TreeWalk, decoding_mode, grow_distinct, guided_walks
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Rollouts of each prompt, on the CPU.
+
+    Attributes:
+        codes_BGL: int64, the codes drawn.
+        items_BG: int64 item rows; -1 for codes that are no item, which only a broken mask can let through.
+        log_probs_BGL: float32 full-vocabulary log-softmax at the temperature (what an actor computes).
+        trie_log_probs_BGL: float32, the same renormalised over the allowed codes (what was drawn from).
+    """
+
+    codes_BGL: torch.Tensor
+    items_BG: torch.Tensor
+    log_probs_BGL: torch.Tensor
+    trie_log_probs_BGL: torch.Tensor
+
+
+def sample(
+    model: Any,
+    trie: Trie,
+    level_offsets: Sequence[int],
+    prompts: Sequence[Sequence[int]],
+    uniforms_BGL: np.ndarray | torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    pad_token_id: int,
+    exclusion: Exclusion | None = None,
+    token_budget: int = TOKEN_BUDGET,
+) -> Samples:
+    """Draw G answers per prompt by inverse CDF: a draw depends on its prompt and uniforms, not on the batch.
+
+    Args:
+        model: Causal LM; put into eval mode for the call.
+        trie: The catalogue, best on the model's device already.
+        level_offsets: Token id of code 0 of each level.
+        prompts: B lists of token ids; the next token is the first code.
+        uniforms_BGL: float64 in [0, 1).
+        temperature: Divides the logits; positive.
+        pad_token_id: Any token id; fills the left of shorter prompts.
+        exclusion: Items closed to single prompts; request i is prompt i.
+        token_budget: Most tokens (padded prompts plus answers) read at once; one prompt is the least.
+
+    Raises:
+        ValueError: an argument out of bounds, an attention without masks, or logits that are not finite.
+    """
+    uniforms_BGL = _checked_uniforms(uniforms_BGL, len(prompts), trie.num_levels)
+    shape = uniforms_BGL.shape
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be positive and finite, found {temperature}")
+    samples = Samples(
+        codes_BGL=torch.full(shape, -1, dtype=torch.int64),
+        items_BG=torch.full(shape[:2], -1, dtype=torch.int64),
+        log_probs_BGL=torch.zeros(shape),
+        trie_log_probs_BGL=torch.zeros(shape),
+    )
+    if not shape[1]:
+        return samples
+    args = (model, trie, level_offsets, prompts, pad_token_id, [exclusion], token_budget)
+    with decoding_mode(model):
+        for rows_B, walk, (guide,) in guided_walks(*args, num_answers=shape[1]):
+            codes, items, full, renormalised = _sample(walk, guide, uniforms_BGL[rows_B], temperature)
+            samples.codes_BGL[rows_B] = codes.cpu()
+            samples.items_BG[rows_B] = items.cpu()
+            samples.log_probs_BGL[rows_B] = full.cpu()
+            samples.trie_log_probs_BGL[rows_B] = renormalised.cpu()
+    return samples
+
+
+def _checked_uniforms(
+    uniforms_BGL: np.ndarray | torch.Tensor, num_prompts: int, num_levels: int
+) -> torch.Tensor:
+    uniforms_BGL = torch.as_tensor(uniforms_BGL, dtype=torch.float64)
+    shape = tuple(uniforms_BGL.shape)
+    if len(shape) != 3 or shape[0] != num_prompts or shape[2] != num_levels:
+        raise ValueError(f"uniforms need shape ({num_prompts}, rollouts, {num_levels}), found {shape}")
+    if not bool(((uniforms_BGL >= 0) & (uniforms_BGL < 1)).all()):
+        raise ValueError("uniforms must lie in [0, 1)")
+    return uniforms_BGL
+
+
+def _sample(
+    walk: TreeWalk, guide: Guide, uniforms_BGL: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, ...]:
+    """Codes (B, G, L), items (B, G), full-vocabulary and trie log-probabilities (B, G, L)."""
+    num_levels, uniforms_BGL = guide.trie.num_levels, uniforms_BGL.to(walk.device)
+    batch_B1 = torch.arange(len(uniforms_BGL), device=walk.device)[:, None]
+    nodes_BG = slots_BG = torch.zeros(uniforms_BGL.shape[:2], dtype=torch.int64, device=walk.device)
+    nodes_BS = nodes_BG[:, :1]
+    codes, log_probs, trie_log_probs = [], [], []
+    for level in range(num_levels):
+        full_BSK = guide.log_probs(level, walk.logits_BSV, temperature)
+        trie_BSK = full_BSK.masked_fill(guide.forbidden(level, nodes_BS), -torch.inf).log_softmax(dim=-1)
+        codes_BG = _draw(trie_BSK, slots_BG, uniforms_BGL[..., level])
+        codes.append(codes_BG)
+        log_probs.append(full_BSK[batch_B1, slots_BG, codes_BG])
+        trie_log_probs.append(trie_BSK[batch_B1, slots_BG, codes_BG])
+        nodes_BG = guide.trie.find(level, nodes_BG, codes_BG)
+        if level + 1 < num_levels:
+            members_BS, slots_BG = grow_distinct(walk, guide, level, slots_BG, codes_BG)
+            nodes_BS = nodes_BG.gather(1, members_BS)
+    return (
+        torch.stack(codes, dim=-1),
+        guide.trie.items(nodes_BG),
+        torch.stack(log_probs, dim=-1),
+        torch.stack(trie_log_probs, dim=-1),
+    )
+
+
+def _draw(log_probs_BSK: torch.Tensor, slots_BG: torch.Tensor, uniforms_BG: torch.Tensor) -> torch.Tensor:
+    """Inverse CDF in float64: the first possible code whose cumulative probability exceeds the uniform."""
+    probs_BSK = log_probs_BSK.double().exp()
+    # 0 exceeds no uniform: a code of probability 0 stays out, whatever a parallel sum rounds to.
+    cdf_BSK = probs_BSK.cumsum(dim=-1).masked_fill(probs_BSK == 0, 0)
+    total_BS1 = cdf_BSK.amax(dim=-1, keepdim=True)
+    if not bool((total_BS1 > 0).all()):
+        raise ValueError("the model gave logits that are not finite")
+    index_BG1 = slots_BG[..., None]
+    # A float64 below 1 times the total rounds to less than the total, so some code always exceeds.
+    reached_BG1 = uniforms_BG[..., None] * total_BS1.gather(1, index_BG1)
+    exceeds_BGK = cdf_BSK.gather(1, index_BG1.expand(-1, -1, cdf_BSK.shape[-1])) > reached_BG1
+    return exceeds_BGK.byte().argmax(dim=-1)
