@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,15 +128,19 @@ def _refuse_content(target: Path) -> None:
         )
 
 
-def refuse_inside(out: Path, inputs: dict[str, Path | None]) -> None:
-    """Refuse to replace a folder that holds an input: `--overwrite` would remove it.
+def refuse_inside(inner: Mapping[str, Path | None], outer: Mapping[str, Path | None]) -> None:
+    """Refuse an output inside an input, or an input inside an output that `--overwrite` would remove.
 
     Args:
-        inputs: Option -> what it names.
+        inner, outer: Option -> what it names; none of the former may lie inside one of the latter.
+
+    Raises:
+        ArtifactError: naming both.
     """
-    for option, path in inputs.items():
-        if path is not None and path.resolve().is_relative_to(out.resolve()):
-            raise ArtifactError(f"{option} {path} lies inside --out {out}", "choose another --out")
+    for option, path in inner.items():
+        for other, folder in outer.items():
+            if path is not None and folder is not None and path.resolve().is_relative_to(folder.resolve()):
+                raise ArtifactError(f"{option} {path} lies inside {other} {folder}", "choose another --out")
 
 
 def _disk_full(exc: Exception, folder: Path) -> bool:
@@ -152,21 +156,27 @@ def _disk_full(exc: Exception, folder: Path) -> bool:
     return isinstance(exc, OSError | RuntimeError) and shutil.disk_usage(folder).free < NEXT_TO_NOTHING
 
 
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield the name of a scratch file that becomes `path` on success and vanishes on failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, name = tempfile.mkstemp(prefix=_prefix(path), dir=path.parent)
+    os.close(fd)
+    scratch = Path(name)
+    try:
+        yield scratch
+        with scratch.open("rb") as handle:
+            os.fsync(handle.fileno())
+        scratch.chmod(0o644)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
 def atomic_text(path: Path, text: str) -> None:
     """Write a small text file all or nothing (temporary name, fsync, rename)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd, scratch = tempfile.mkstemp(prefix=_prefix(path), dir=path.parent)
-    try:
-        with os.fdopen(fd, "w", encoding="utf-8", errors="backslashreplace") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(scratch)
-        raise
+    with atomic_file(path) as scratch:
+        scratch.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_manifest(

@@ -96,9 +96,11 @@ def test_what_came_there_meanwhile_is_refused_and_kept(tmp_path: Path) -> None:
 
 def test_an_input_inside_the_folder_to_replace_is_refused(tmp_path: Path) -> None:
     inside, beside = tmp_path / "out" / "raw" / "log.csv", tmp_path / "out.csv"
-    artifacts.refuse_inside(tmp_path / "out", {"--interactions": beside, "--items": None})
+    out = {"--out": tmp_path / "out"}
+    artifacts.refuse_inside({"--interactions": beside, "--items": None}, out)
+    artifacts.refuse_inside(out, {"--model": None})
     with pytest.raises(ArtifactError, match=r"--items .*log.csv lies inside --out"):
-        artifacts.refuse_inside(tmp_path / "out", {"--interactions": beside, "--items": inside})
+        artifacts.refuse_inside({"--interactions": beside, "--items": inside}, out)
 
 
 def test_an_empty_folder_is_used(tmp_path: Path) -> None:

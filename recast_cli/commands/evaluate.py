@@ -60,18 +60,15 @@ def evaluate(
     """
     import torch
 
-    from recast_cli.artifacts import load_manifest
+    from recast_cli.artifacts import load_manifest, refuse_inside
     from recast_cli.console import note, print_json, progress
     from recast_cli.environment import require_threads
-    from recast_cli.errors import ArtifactError
     from recast_cli.evaluation.evaluate import evaluate_model
 
     if threads is not None:
         require_threads(threads)
         torch.set_num_threads(threads)
-    inputs = [folder.resolve() for folder in (data, tokenizer, model or tokenizer)]
-    if out is not None and any(out.resolve().is_relative_to(folder) for folder in inputs):
-        raise ArtifactError(f"--out {out} lies inside an input, needed another place", "choose another --out")
+    refuse_inside({"--out": out}, {"--data": data, "--tokenizer": tokenizer, "--model": model})
     num_users = min(load_manifest(data, "dataset")["num_users"], max_users or 1 << 62)
     with progress(f"ranking for users of {split}", num_users) as advance:
         evaluation = evaluate_model(

@@ -117,7 +117,7 @@ def prepare_data(
     begin = time.perf_counter()
     chosen = _choose_source(source, sizes, files, seed)
     out = out or Path("data") / chosen.name
-    refuse_inside(out, {"--interactions": interactions, "--items": items})
+    refuse_inside({"--interactions": interactions, "--items": items}, {"--out": out})
     manifest, reused = prepare(chosen, params, out, seed=seed, overwrite=overwrite)
     if reused:
         note(f"{out}: reused, same source and parameters (--overwrite rebuilds it)")

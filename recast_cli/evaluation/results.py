@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from recast_cli.artifacts import atomic_text
+from recast_cli.artifacts import atomic_file, atomic_text
 from recast_cli.core.ranking import Interval
 
 FORMAT_VERSION = 1
@@ -68,14 +66,15 @@ class Evaluation:
         """Write `evaluation.json` and `users.parquet` into a folder, or `X.json` and `X.users.parquet`.
 
         Returns:
-            The two paths. The JSON is written last: where it is, both are complete.
+            The two paths. The JSON goes first and comes last: where it is, both are of one evaluation.
         """
         if out.suffix == ".json":
             paths = out, out.with_suffix(".users.parquet")
         else:
             paths = out / EVALUATION, out / USERS
-        paths[0].parent.mkdir(parents=True, exist_ok=True)
-        _write_parquet(paths[1], self.users)
+        paths[0].unlink(missing_ok=True)
+        with atomic_file(paths[1]) as scratch:
+            self.users.write_parquet(scratch)
         atomic_text(
             paths[0], json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         )
@@ -88,16 +87,3 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write_parquet(path: Path, table: pl.DataFrame) -> None:
-    fd, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(fd)
-    try:
-        table.write_parquet(scratch)
-        with open(scratch, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
-    finally:
-        Path(scratch).unlink(missing_ok=True)

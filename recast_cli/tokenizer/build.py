@@ -125,10 +125,9 @@ def build(
     params.check()
     dataset = load_manifest(data, "dataset")
     recorded = _recorded(params, chat_template)
-    if out.resolve().is_relative_to(data.resolve()):
-        raise ArtifactError(f"--out {out} lies inside --data {data}", "choose another --out")
+    refuse_inside({"--out": out}, {"--data": data})
     base = Path(params.base_model) if params.base_model is not None else None
-    refuse_inside(out, {"--data": data, "--base-model": base})
+    refuse_inside({"--data": data, "--base-model": base}, {"--out": out})
     existing = _find_existing(out, dataset, recorded, overwrite)
     if existing is not None:
         return existing, True
