@@ -275,13 +275,13 @@ def test_saved_files(by_hand: Folders, tmp_path: Path) -> None:
 
 def test_a_save_that_fails_leaves_no_json_of_other_users(by_hand: Folders, tmp_path: Path) -> None:
     evaluation = run(by_hand, beam_width=6)
-    document, users = evaluation.save(tmp_path)
+    document, users = evaluation.save(tmp_path / "out")
     users.unlink()
     users.mkdir()  # nothing can take this name
     with pytest.raises(OSError):
-        evaluation.save(tmp_path)
+        evaluation.save(tmp_path / "out")
     assert not document.exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["users.parquet"], "no scratch file either"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["users.parquet"], "no scratch file either"
 
 
 def test_runs_repeat(by_hand: Folders) -> None:
