@@ -281,7 +281,9 @@ def test_a_save_that_fails_leaves_no_json_of_other_users(by_hand: Folders, tmp_p
     with pytest.raises(OSError):
         evaluation.save(tmp_path / "out")
     assert not document.exists()
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["users.parquet"], "no scratch file either"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["users.parquet"], (
+        "no scratch file either"
+    )
 
 
 def test_runs_repeat(by_hand: Folders) -> None:

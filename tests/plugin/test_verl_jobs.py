@@ -1,6 +1,6 @@
 """Real verl jobs on a small synthetic dataset, through the command line, each in a child process.
 
-Six jobs share one warm start; each of them starts Ray and takes half a minute to a minute and a half. The
+Seven jobs share one warm start; each of them starts Ray and takes half a minute to a minute and a half. The
 learning rate is far too high on purpose: weights that did not reach the rollout server show at once.
 """
 
@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from recast_cli.artifacts import load_manifest
 from recast_cli.core.sampling import sample
 from recast_cli.core.seeding import uniforms
+from recast_cli.evaluation.evaluate import evaluate_model
 from verl_recast.catalogue import Catalogue
 
 # One worker for all that may meet the Ray cluster which a test here starts.
@@ -42,7 +43,7 @@ threads: 1
 ray_cpus: 8
 data: {{data}}
 tokenizer: {{tokenizer}}
-warm_start: {{{{out: warm_start, epochs: 1, batch_size: 32, learning_rate: 3.0e-3}}}}
+warm_start: {{{{out: warm_start, epochs: 2, batch_size: 32, learning_rate: 3.0e-3}}}}
 rl:
   steps: {STEPS}
   prompts_per_step: {PROMPTS}
@@ -209,6 +210,46 @@ def test_run_directory_is_whole_and_the_model_moved(recast_job: Job, workspace: 
     assert start.keys() == end.keys()
     assert all(torch.isfinite(tensor).all() for tensor in end.values())
     assert any(not torch.equal(start[name], end[name]) for name in start)
+
+
+def test_the_warm_start_is_the_epoch_that_validates_best(
+    recast_job: Job, workspace: Path, artifacts: tuple[Path, Path]
+) -> None:
+    manifest = load_manifest(workspace / "warm_start", "warm-start")
+    ndcg = [epoch["ndcg@10"] for epoch in manifest["epochs"]]
+    assert len(ndcg) == 2 and ndcg[0] != ndcg[1]
+    assert manifest["best_epoch"] == 1 + int(np.argmax(ndcg))
+    model, (data, tokenizer) = workspace / "warm_start" / "model", artifacts
+    kept = evaluate_model(model, tokenizer, data, "validation", modes=("history_removed",)).means()
+    assert kept["ndcg@10"] == pytest.approx(max(ndcg), abs=1e-9)
+    assert kept["target_log_prob"] == pytest.approx(
+        manifest["epochs"][manifest["best_epoch"] - 1]["target_log_prob"], abs=1e-5
+    )
+
+
+def test_mini_batches_of_prompts_are_one_update_each(
+    recast_job: Job, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = workspace / "measured.jsonl"
+    monkeypatch.setenv("RECAST_MEASURE", str(measured))
+    job = succeed(train(workspace, "mini-batches", "rl.mini_batch_prompts=2"))
+    calls = [json.loads(line) for line in measured.read_text(encoding="utf-8").splitlines()]
+    kept = [found["signal/kept_samples"] for found in job.metrics]
+    assert all(found["signal/skipped_groups"] == 0 for found in job.metrics), "else rows below would differ"
+    rows = {
+        phase: [call["rows"] for call in calls if call["phase"] == phase]
+        for phase in ("old_log_prob", "actor_update")
+    }
+    assert rows == {"old_log_prob": kept, "actor_update": [2 * 2] * (2 * STEPS)}
+    assert len([call for call in calls if call["phase"] == "optimizer"]) == 2 * STEPS
+    # the first step saw the same rollouts as one update for all, but its second update from a moved policy
+    first, whole = job.metrics[0], recast_job.metrics[0]
+    assert first["signal/hit_rate"] == whole["signal/hit_rate"]
+    updated = [
+        weights(run.out / "checkpoints" / "global_step_1" / "actor" / "huggingface")
+        for run in (job, recast_job)
+    ]
+    assert any(not torch.equal(updated[0][name], updated[1][name]) for name in updated[0])
 
 
 def test_second_call_reuses_the_run_and_says_so(recast_job: Job, workspace: Path) -> None:
