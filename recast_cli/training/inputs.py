@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,13 +74,17 @@ class Inputs:
         return pq.read_metadata(self.sft_rows).num_rows
 
     def checkpoint_bytes(self, model: str | None = None) -> int:
-        """At most what one checkpoint takes: weights, gradients and AdamW's two moments, one precision.
+        """At most what one checkpoint takes, in float32: weights twice (verl's and the export), two moments.
 
         Args:
             model: Folder of the start model; None for the tokenizer's own.
         """
         folder = Path(model) if model else self.tokenizer / "model"
-        return 4 * sum(file.stat().st_size for file in (*folder.glob("*.safetensors"), *folder.glob("*.bin")))
+        stored = sum(file.stat().st_size for file in (*folder.glob("*.safetensors"), *folder.glob("*.bin")))
+        config = folder / "config.json"
+        facts = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+        half = str(facts.get("dtype", facts.get("torch_dtype"))) in ("float16", "bfloat16")
+        return 4 * stored * (2 if half else 1)
 
     @property
     def parents(self) -> dict[str, str]:

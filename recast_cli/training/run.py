@@ -188,8 +188,9 @@ def train(
     num_rows = recipe.rl.steps * recipe.rl.prompts_per_step
     rows = draw_rows(inputs.tokenizer / "verl" / "rl.parquet", num_rows, recipe.seed)
     require_room(recipe)
-    # one checkpoint and its export
-    require_space(out, 2 * inputs.checkpoint_bytes(recipe.model))
+    every = recipe.rl.save_every
+    num_checkpoints = -(-recipe.rl.steps // every) if every > 0 else 1
+    require_space(out, (num_checkpoints + 1) * inputs.checkpoint_bytes(recipe.model))  # and the export
     out.mkdir(parents=True, exist_ok=True)
     module, arguments = job(recipe, inputs, model, out)
     facts = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 import threading
@@ -207,6 +208,10 @@ def test_a_full_disk_is_seen_before_anything_starts(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))
     with pytest.raises(EnvironmentFault, match="run has 64 MiB free, the checkpoints need 64 MiB"):
         run.train(make_recipe(), inputs, model_of(inputs))
+    # seven steps with a checkpoint every three: after 3, 6 and 7
+    free = 64 * 2**20 + 4 * 4 * MODEL_BYTES - 1
+    with pytest.raises(EnvironmentFault, match="free, the checkpoints need"):
+        run.train(make_recipe(rl={"steps": 7, "save_every": 3}), inputs, model_of(inputs))
     free = 64 * 2**20 + 6 * 4 * MODEL_BYTES - 1
     recipe = make_recipe(warm_start={"epochs": 5, "batch_size": 1})
     with pytest.raises(EnvironmentFault, match="free, the checkpoints need"):
@@ -365,6 +370,18 @@ def test_estimate_by_hand(
         "actor_tokens_at_most": rows * length,
         "weights_and_optimizer_bytes": 4 * MODEL_BYTES,
     }
+
+
+@pytest.mark.parametrize(
+    ("key", "dtype", "factor"), [("dtype", "bfloat16", 8), ("torch_dtype", "float32", 4)]
+)
+def test_a_checkpoint_is_float32_whatever_the_model_is_stored_in(
+    inputs: Inputs, tmp_path: Path, key: str, dtype: str, factor: int
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(model_of(inputs), model)
+    (model / "config.json").write_text(json.dumps({key: dtype}), encoding="utf-8")
+    assert inputs.checkpoint_bytes(str(model)) == factor * MODEL_BYTES
 
 
 def test_warm_start_steps_drop_the_last_ragged_batch(make_recipe, inputs: Inputs) -> None:
