@@ -58,7 +58,7 @@ test: setup lint ## lint, type check and the test suite (without the long verl r
 test-verl: setup ## the tests that start real verl jobs, two at a time (12 GiB of memory)
 	@$(BIN)/python -m pytest -m verl -n 2 --dist loadgroup $(PYTEST_ARGS)
 
-demo: setup ## the whole product on MovieLens-100K (about 21 minutes on two cores)
+demo: setup ## the whole product on MovieLens-100K (9 to 20 minutes on two cores)
 	@$(BIN)/recast demo $(DEMO_ARGS)
 
 demo-short: setup ## the same path with few steps
