@@ -14,7 +14,7 @@ import pytest
 import torch
 from sealing import reseal
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from verl.workers.config import HFModelConfig, RolloutConfig
+from verl.workers.config import HFModelConfig, RolloutConfig, SamplingConfig
 
 from recast_cli.core.signal import group_statistics
 from recast_cli.core.spelling import find_all
@@ -26,8 +26,8 @@ from verl_recast.rollout.server import SIDServer
 NUM_ROLLOUTS = 16
 
 
-def make_server(folder: Path, *, load: bool = True) -> SIDServer:
-    config = RolloutConfig(name="recast_sid", dtype="float32", custom={"tokenizer": str(folder)})
+def make_server(folder: Path, *, load: bool = True, **sampling: Any) -> SIDServer:
+    config = RolloutConfig(name="recast_sid", dtype="float32", custom={"tokenizer": str(folder)}, **sampling)
     server = SIDServer(config, HFModelConfig(path=str(folder / "model")), "cpu")
     if load:
         server.update_weights(state(folder), 0, True)
@@ -138,6 +138,22 @@ def test_temperature_zero_gives_the_best_beams_in_order(
     for group in out["codes_BGL"].tolist():
         assert len({tuple(codes) for codes in group}) == NUM_ROLLOUTS  # distinct items
     assert np.isnan(out["log_probs_BGL"]).all()
+
+
+@pytest.mark.parametrize(
+    ("sampling", "found"),
+    [
+        ({"top_p": 0.9}, "top_p=0.9: set actor_rollout_ref.rollout.top_p=1"),
+        ({"top_k": 50}, "top_k=50: set actor_rollout_ref.rollout.top_k=-1"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty=1.1: "),
+        ({"val_kwargs": SamplingConfig(top_k=5)}, "val_kwargs.top_k=5: set .*.val_kwargs.top_k=-1"),
+    ],
+)
+def test_a_sampler_that_it_does_not_have_is_refused(
+    tokenizer_folder: Path, sampling: dict[str, Any], found: str
+) -> None:
+    with pytest.raises(ValueError, match=f"samples by temperature alone, found {found}"):
+        make_server(tokenizer_folder, **sampling)
 
 
 def test_verls_one_answer_interface(tokenizer_folder: Path, prompts: list[list[int]]) -> None:

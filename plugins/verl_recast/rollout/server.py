@@ -26,11 +26,15 @@ class SIDServer:
         config: verl's rollout config; `custom.tokenizer` names the tokenizer artifact.
         model_config: verl's model config.
         device: "cuda" or "cpu".
+
+    Raises:
+        ValueError: the config asks for a distribution other than the temperature's over the catalogue.
     """
 
     def __init__(self, config: Any, model_config: Any, device: str) -> None:
         from transformers import AutoModelForCausalLM
 
+        _require_plain_sampling(config)
         threads = int(os.environ.get("RECAST_THREADS", "0"))
         if threads:
             torch.set_num_threads(threads)
@@ -182,6 +186,19 @@ class SIDServer:
 
     async def stop_profile(self) -> None:
         return None
+
+
+def _require_plain_sampling(config: Any) -> None:
+    """What the server does not do must not be asked of it in vain."""
+    neutral = {"top_p": (1,), "top_k": (-1, 0), "repetition_penalty": (1,)}
+    for prefix, section in (("", config), ("val_kwargs.", config.val_kwargs)):
+        for name, values in neutral.items():
+            found = getattr(section, name, values[0])
+            if found not in values:
+                raise ValueError(
+                    f"rollout engine recast_sid samples by temperature alone, found {prefix}{name}={found}: "
+                    f"set actor_rollout_ref.rollout.{prefix}{name}={values[0]}"
+                )
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:
