@@ -1,0 +1,168 @@
+"""The hook on groups written by hand, in a real TransferQueue: what it overwrites, keeps and clears."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+import torch
+import transfer_queue as tq
+from omegaconf import OmegaConf
+from transfer_queue import KVBatchMeta
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+
+from recast_cli.tokenizer.model import bare_tokenizer
+from recast_cli.tokenizer.vocabulary import add_semantic_ids
+from verl_recast.groups import response_fields
+from verl_recast.settings import RecastSettings
+from verl_recast.trainer import PPOTrainerRecast
+
+pytestmark = [pytest.mark.verl, pytest.mark.xdist_group("jobs")]
+
+TARGET = "<s_a_0><s_b_1><s_c_2>"
+NEAR, FAR, FARTHEST = "<s_a_0><s_b_1><s_c_0>", "<s_a_0><s_b_0><s_c_0>", "<s_a_1><s_b_1><s_c_2>"
+BROKEN = "<s_c_0><s_b_0>" * 3  # a thought that never came to its answer
+THOUGHTFUL = f"<s_c_0><s_b_0><|sid_begin|>{FAR}"
+# Structural scores by hand: u = 10^(m-3) for m leading codes of TARGET.
+SCORES = {TARGET: 1.0, NEAR: 0.1, FAR: 0.01, FARTHEST: 0.0, THOUGHTFUL: 0.01, BROKEN: 0.0}
+# Index and answers of each group, as they might arrive; index decides the order of groups.
+EMPTY, HIT, ALL_HIT = (9, [FAR, NEAR, FARTHEST]), (4, [FARTHEST, TARGET, FAR]), (6, [TARGET, TARGET, TARGET])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def queue() -> Iterator[None]:
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    try:
+        tq.init()
+        yield
+        tq.close()
+    finally:
+        ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    tokenizer = bare_tokenizer()
+    add_semantic_ids(tokenizer, (3, 3, 3))
+    return tokenizer
+
+
+def ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def trainer(tokenizer: Any, mini_batch_prompts: int) -> PPOTrainerRecast:
+    """The trainer with what its hook reads; its workers are not needed here."""
+    made = object.__new__(PPOTrainerRecast)
+    made.tokenizer, made.settings, made.members = tokenizer, RecastSettings(), None
+    made.global_steps, made.timing_raw = 1, {}
+    made.config = OmegaConf.create(
+        {
+            "data": {"train_batch_size": 3},
+            "actor_rollout_ref": {
+                "actor": {"ppo_mini_batch_size": mini_batch_prompts},
+                "rollout": {"calculate_log_probs": True},
+            },
+        }
+    )
+    made._dp_size = lambda: 1  # type: ignore[method-assign]
+    return made
+
+
+def put(tokenizer: Any, groups: list[tuple[int, list[str]]], partition: str) -> KVBatchMeta:
+    """Rollouts of each group, interleaved, as the agent loop writes them."""
+    keys, records, tags = [], [], []
+    for g in range(3):
+        for index, answers in groups:
+            prompt = torch.tensor(ids(tokenizer, "<|sid_begin|><s_a_2><s_b_2><s_c_2>")[: 1 + index % 3])
+            response, reward = torch.tensor(ids(tokenizer, answers[g])), float(answers[g] == TARGET)
+            info = {"hit": reward, "structural_score": SCORES[answers[g]]}
+            record = {
+                "prompts": prompt,
+                **response_fields(prompt, response, reward),
+                "rollout_log_probs": torch.full((3,), -0.5),
+                "uid": f"u{index}",
+                "index": index,
+                "reward_model": {"style": "rule", "ground_truth": TARGET},
+                "extra_fields": {"reward_extra_info": info, "producer": "rollout"},
+            }
+            keys.append(f"u{index}_{g}_0")
+            records.append(record)
+            seq_len = len(prompt) + 3
+            tags.append(
+                {"status": "success", "prompt_len": len(prompt), "response_len": 3, "seq_len": seq_len}
+            )
+    tq.kv_batch_put(keys=keys, partition_id=partition, fields=list_of_dict_to_tensordict(records), tags=tags)
+    return KVBatchMeta(partition_id=partition, keys=keys, tags=tags, extra_info={})
+
+
+def test_the_anchor_takes_the_farthest_miss_and_all_but_the_pairs_is_cleared(tokenizer: Any) -> None:
+    batch, metrics = put(tokenizer, [EMPTY, HIT, ALL_HIT], "mixed"), {}
+    small = trainer(tokenizer, 3)._balance_batch(batch, metrics)
+    # groups by index: 4 (its hit, its nearest miss), 6 has no miss, 9 (the anchor in place of FARTHEST, NEAR)
+    kept = ["u4_1_0", "u4_2_0", "u9_2_0", "u9_1_0"]
+    assert small.keys[:4] == kept and len(small.keys) == 6
+    stored = tq.kv_list("mixed")["mixed"]
+    assert stored.keys() == set(small.keys), "what is not kept would stay for the whole run"
+    data = tq.kv_batch_get(keys=small.keys, partition_id="mixed")
+    answers = [tokenizer.decode(row) for row in data["responses"].unbind()]
+    assert answers[:4] == [TARGET, FAR, TARGET, NEAR]
+    assert [float(row.sum()) for row in data["rm_scores"].unbind()] == [1, 0, 1, 0, 0, 0]
+    assert [int(row.sum()) for row in data["loss_mask"].unbind()] == [3, 3, 3, 3, 0, 0]
+    # the anchor is whole: its prompt before it, nobody's sampling log-prob, its producer named
+    prompt = ids(tokenizer, "<|sid_begin|>")
+    assert data["input_ids"].unbind()[2].tolist() == prompt + ids(tokenizer, TARGET)
+    assert data["rollout_log_probs"].unbind()[2].tolist() == [0, 0, 0]
+    assert data["rollout_log_probs"].unbind()[3].tolist() == [-0.5, -0.5, -0.5]
+    assert small.tags[2]["producer"] == "anchor" and "producer" not in small.tags[3]
+    expected = {
+        "all_zero": 1 / 3,
+        "single_hit": 1 / 3,
+        "multi_hit": 1 / 3,
+        "all_zero_after_repair": 0,
+        "repaired_groups": 1,
+        "skipped_groups": 1,
+        "kept_samples": 4,
+        "padding_samples": 2,
+        "rollouts": 9,
+        # prompts of 2 (index 4), 1 (index 6 and 9) tokens and answers of 3
+        "rollout_tokens": 3 * (5 + 4 + 4),
+        "kept_tokens": 2 * (5 + 4),
+    }
+    assert {name: metrics[f"signal/{name}"] for name in expected} == pytest.approx(expected)
+    assert "signal/invalid" not in metrics  # there is no catalogue to ask
+
+
+def test_each_pair_stays_in_the_mini_batch_of_its_prompt(tokenizer: Any) -> None:
+    groups = [EMPTY, HIT, ALL_HIT, (12, EMPTY[1])]
+    batch, metrics = put(tokenizer, groups, "mini-batches"), {}
+    small = trainer(tokenizer, 2)._balance_batch(batch, metrics)
+    # prompts 4 and 6 (skipped: two rows that nothing is learned from) | 9 and 12
+    assert small.keys[:2] == ["u4_1_0", "u4_2_0"] and len(small.keys) == 8
+    assert small.keys[4:] == ["u9_2_0", "u9_1_0", "u12_2_0", "u12_1_0"]
+    padding = [tag.get("is_padding", False) for tag in small.tags]
+    assert padding == [False, False, True, True, False, False, False, False]
+
+
+def test_without_any_signal_one_pair_goes_on_and_is_not_counted(tokenizer: Any) -> None:
+    batch, metrics = put(tokenizer, [ALL_HIT], "no-signal"), {}
+    hook = trainer(tokenizer, 1)
+    small = hook._balance_batch(batch, metrics)
+    assert small.keys == ["u6_0_0", "u6_1_0"] and hook.no_signal
+    assert metrics["signal/kept_samples"] == metrics["signal/kept_tokens"] == 0
+    assert tq.kv_list("no-signal")["no-signal"].keys() == set(small.keys)
+
+
+def test_thought_that_broke_off_is_not_overwritten(tokenizer: Any) -> None:
+    """The anchor keeps the thought before the answer; a rollout without an answer has none to lend."""
+    batch, metrics = put(tokenizer, [(1, [THOUGHTFUL, BROKEN, BROKEN])], "thoughts"), {}
+    small = trainer(tokenizer, 1)._balance_batch(batch, metrics)
+    assert small.keys[0] == "u1_0_0" and small.keys[1] in ("u1_1_0", "u1_2_0")
+    data = tq.kv_batch_get(keys=small.keys[:1], partition_id="thoughts", select_fields=["responses"])
+    assert tokenizer.decode(data["responses"].unbind()[0]) == THOUGHTFUL.replace(FAR, TARGET)
+    batch, metrics = put(tokenizer, [(1, [BROKEN] * 3)], "broken"), {}
+    trainer(tokenizer, 1)._balance_batch(batch, metrics)
+    assert metrics["signal/unrepairable_groups"] == metrics["signal/skipped_groups"] == 1
+    assert metrics["signal/all_zero_after_repair"] == 1
