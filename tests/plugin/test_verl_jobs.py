@@ -1,6 +1,6 @@
 """Real verl jobs on a small synthetic dataset, through the command line, each in a child process.
 
-Seven jobs share one warm start; each of them starts Ray and takes half a minute to a minute and a half. The
+Most jobs share one warm start; each of them starts Ray and takes half a minute to a minute and a half. The
 learning rate is far too high on purpose: weights that did not reach the rollout server show at once.
 """
 
@@ -24,7 +24,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from plugin_artifacts import write_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from recast_cli.artifacts import load_manifest
 from recast_cli.core.sampling import sample
@@ -225,6 +233,35 @@ def test_the_warm_start_is_the_epoch_that_validates_best(
     assert kept["target_log_prob"] == pytest.approx(
         manifest["epochs"][manifest["best_epoch"] - 1]["target_log_prob"], abs=1e-5
     )
+
+
+def test_a_named_model_with_more_vocabulary_trains(
+    workspace: Path, artifacts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Words of its own, a padded vocabulary, an untied head and half precision, as real ones have."""
+    words = ["<unk>", "<s>", "</s>", *(f"word{i}" for i in range(40))]
+    rule = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    rule.pre_tokenizer = pre_tokenizers.Whitespace()
+    specials = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=rule, **specials).save_pretrained(tmp_path / "base")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=128, tie_word_embeddings=False, **sizes, **heads))
+    base.to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    write_tokenizer(artifacts[0], tmp_path / "tokenizer", tmp_path / "base")
+
+    overrides = (f"tokenizer={tmp_path / 'tokenizer'}", "warm_start.out=named-warm-start", "rl.steps=1")
+    job = succeed(train(workspace, "named", *overrides))
+    (found,) = job.metrics
+    assert found["signal/invalid"] == 0 and found["signal/kept_samples"] > 0
+    assert found["training/rollout_probs_diff_max"] < 1e-5
+    start, end = weights(workspace / "named-warm-start" / "model"), weights(job.out / "model")
+    assert end["lm_head.weight"].shape == (128, 64), "43 words, 26 new tokens and what padded them before"
+    moved = (start["lm_head.weight"] != end["lm_head.weight"]).any(dim=1)
+    assert moved[43:69].any()
+    tokenizer = AutoTokenizer.from_pretrained(job.out / "model")
+    assert tokenizer("word3 word7")["input_ids"] == [6, 10]
 
 
 def test_mini_batches_of_prompts_are_one_update_each(
