@@ -113,26 +113,30 @@ def history_matrix(histories: list[np.ndarray], num_items: int) -> csr_matrix:
     return csr_matrix((np.ones(len(rows)), (rows, columns)), shape=(len(histories), num_items))
 
 
+def train_matrix(split: Split) -> csr_matrix:
+    """Events of each user with each item."""
+    shape = (int(split.train_user_E.max()) + 1, split.num_items)
+    return csr_matrix(
+        (np.ones(len(split.train_item_E)), (split.train_user_E, split.train_item_E)), shape=shape
+    )
+
+
 def implicit_knn(split: Split) -> Any:
     from implicit.nearest_neighbours import CosineRecommender
 
-    shape = (int(split.train_user_E.max()) + 1, split.num_items)
-    log = csr_matrix(
-        (np.ones(len(split.train_item_E)), (split.train_user_E, split.train_item_E)), shape=shape
-    )
-    log.data[:] = 1  # duplicates were summed
+    log = train_matrix(split)
+    log.data[:] = 1  # whether, not how often
     model = CosineRecommender(K=split.num_items, num_threads=1)
     model.fit(log, show_progress=False)
     return model
 
 
 def implicit_popularity(split: Split) -> Any:
-    """Their matrix factorisation with one factor: 1 for every user, the event count for every item."""
+    """Their matrix factorisation with one factor: 1 for every user, the column sum for every item."""
     from implicit.als import AlternatingLeastSquares
 
     model = AlternatingLeastSquares(factors=1, use_gpu=False, num_threads=1)
-    counts = np.bincount(split.train_item_E, minlength=split.num_items)
-    model.item_factors = counts[:, None].astype(np.float32)
+    model.item_factors = np.asarray(train_matrix(split).sum(axis=0)).reshape(-1, 1).astype(np.float32)
     model.user_factors = np.ones((len(split.histories), 1), dtype=np.float32)
     return model
 
