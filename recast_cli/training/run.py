@@ -101,6 +101,7 @@ def find(recipe: Recipe, inputs: Inputs, model: Path) -> dict[str, Any] | None:
         ArtifactError: the folder holds another run, one that did not finish, or other files.
     """
     out = Path(recipe.out)
+    _bring_back(out)
     require_room(recipe)
     if not (out / "command.txt").exists():
         return None
@@ -138,6 +139,25 @@ def remove(out: Path) -> None:
         out.rmdir()
 
 
+def _aside(out: Path) -> Path:
+    return out.with_name(f".{out.name}.replaced")
+
+
+def _bring_back(out: Path) -> None:
+    """Undo a replacement that ended, perhaps killed, with the old run set aside and no new one in its place.
+
+    `command.txt` leaves first and comes back last: a kill at any moment is made good by the next call.
+    """
+    aside = _aside(out)
+    if (out / "command.txt").exists() or not aside.is_dir():
+        return
+    out.mkdir(exist_ok=True)  # it may be gone, empty as it was
+    for name in (*FOLDERS, *FILES):
+        if (aside / name).exists():
+            (aside / name).rename(out / name)
+    aside.rmdir()
+
+
 @contextlib.contextmanager
 def _replacing(out: Path, start: Path) -> Iterator[None]:
     """Set the run in `out` aside; it comes back if the one that replaces it ends before its first step.
@@ -149,23 +169,23 @@ def _replacing(out: Path, start: Path) -> Iterator[None]:
         raise ArtifactError(
             f"--overwrite would remove the start model {start}", "choose another out= or copy the model"
         )
+    aside = _aside(out)
+    if aside.is_dir() and not read_metrics(out / "metrics.jsonl"):  # killed before its first step
+        remove(out)
+    _bring_back(out)
     if not (out / "command.txt").exists():
         yield
         return
-    aside = out.with_name(f".{out.name}.replaced")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    for name in (*FOLDERS, *FILES):
+    for name in reversed((*FOLDERS, *FILES)):
         if (out / name).exists():
             (out / name).rename(aside / name)
     try:
         yield
     finally:
-        if not (out / "command.txt").exists():
-            out.mkdir(exist_ok=True)  # it may be gone, empty as it was
-            for path in aside.iterdir():
-                path.rename(out / path.name)
-        shutil.rmtree(aside)
+        _bring_back(out)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def train(

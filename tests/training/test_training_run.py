@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import shlex
 import shutil
 import threading
@@ -428,5 +430,45 @@ def test_overwrite_keeps_the_old_run_if_the_new_one_makes_no_step(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 0, 1))
     with pytest.raises(EnvironmentFault, match="free, the checkpoints need"):
         run.train(make_recipe(), inputs, model_of(inputs), overwrite=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir() if "replaced" in path.name] == []
+
+
+@pytest.mark.parametrize("moves", range(9))
+def test_killed_overwrite_leaves_the_old_run_to_the_next_command(
+    make_recipe, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int
+) -> None:
+    """Killed after so many of its renames, or before the new run has made a step."""
+    finish_run(make_recipe(), inputs)
+    out = tmp_path / "run"
+    (out / "checkpoints").mkdir()
+    for name in ("checkpoints/weights.pt", "metrics.jsonl", "rows.parquet", "rollouts.jsonl"):
+        (out / name).write_text("{}", encoding="utf-8")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    child = os.fork()
+    if child == 0:  # a process that nothing can tidy up after
+        rename, count = Path.rename, itertools.count(1)
+
+        def counted(path: Path, target: Path) -> Path:
+            moved = rename(path, target)
+            if next(count) == moves:
+                os._exit(1)
+            return moved
+
+        Path.rename = counted  # type: ignore[method-assign]
+        with run._replacing(out, model_of(inputs)):
+            out.mkdir(exist_ok=True)
+            (out / "command.txt").write_text("python -m another\n", encoding="utf-8")
+            os._exit(2)
+    exited = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert exited == (1 if 1 <= moves <= 7 else 2)
+    if exited == 1:
+        assert run.find(make_recipe(), inputs, model_of(inputs)) is not None
+    else:  # something is there, so only --overwrite may remove it
+        with pytest.raises(ArtifactError, match="did not finish"):
+            run.find(make_recipe(), inputs, model_of(inputs))
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 0, 1))
+        with pytest.raises(EnvironmentFault, match="checkpoints need"):
+            run.train(make_recipe(), inputs, model_of(inputs), overwrite=True)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert [path.name for path in tmp_path.iterdir() if "replaced" in path.name] == []
