@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pickle
+import sys
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from recast_cli.core.trie import Trie
 
@@ -276,3 +278,41 @@ def test_bytes_per_item(size: int, most: int) -> None:
     codes = np.unique(rng.integers(0, size, (200_000, 3)), axis=0)
     trie = Trie.from_codes(rng.permutation(codes), [size] * 3)
     assert sum(array.nbytes for array in (*trie.ptr, *trie.codes)) <= most * len(codes)
+
+
+class CountOperators(TorchDispatchMode):
+    """Tensor operators run inside the block, and Python lines of ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators, self.lines = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operators += 1
+        return func(*args, **(kwargs or {}))
+
+    def trace(self, frame, event: str, argument):
+        self.lines += event == "line" and "recast_cli" in frame.f_code.co_filename
+        return self.trace
+
+
+def test_the_mask_has_no_loop_over_rows() -> None:
+    rng = np.random.default_rng(0)
+    codes = np.unique(rng.integers(0, 16, (1000, 3)), axis=0)
+    trie = Trie.from_codes(codes, [16] * 3)
+    closed = trie.exclusion([[0], [1, 2]])
+    counts = set()
+    for num_rows in (2, 2000):
+        nodes, request = torch.arange(num_rows) % 16, torch.arange(num_rows) % 2
+        trie.mask(1, nodes, closed, request)  # what is cached is cached
+        before = sys.gettrace()
+        with CountOperators() as counted:
+            sys.settrace(counted.trace)
+            try:
+                trie.mask(1, nodes, closed, request)
+                trie.find(1, nodes, nodes)
+            finally:
+                sys.settrace(before)
+        counts.add((counted.operators, counted.lines))
+    ((operators, lines),) = counts
+    assert operators > 10 and lines > 10
