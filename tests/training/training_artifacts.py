@@ -9,7 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from sealing import whole
 
-from recast_cli.artifacts import identity, write_manifest
+from recast_cli.artifacts import identity, weights_sha256, write_manifest
+from recast_cli.recipe import dump_recipe
+from recast_cli.training import run, warm_start
+from recast_cli.training.inputs import Inputs
 
 HISTORY, LEVELS, NUM_RL_ROWS, NUM_WINDOWS = 4, 3, 6, 10
 MODEL_BYTES = 1000
@@ -54,3 +57,25 @@ def write_artifacts(folder: Path, *, num_rl_rows: int = NUM_RL_ROWS) -> tuple[Pa
     facts = whole("tokenizer", num_items=12, num_levels=LEVELS)
     write_manifest(tokenizer, "tokenizer", parents={"dataset": identity(dataset)}, **facts)
     return data, tokenizer
+
+
+def finish_run(recipe, inputs: Inputs) -> None:
+    out = Path(recipe.out)
+    out.mkdir(exist_ok=True)
+    (out / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    (out / "command.txt").write_text("python -m something\n", encoding="utf-8")
+    start = {"model": "m", "sha256": weights_sha256(model_of(inputs))}
+    run.close(out, inputs, {"recipe": recipe.model_dump(), "seed": recipe.seed, "start": start})
+
+
+def model_of(inputs: Inputs) -> Path:
+    return inputs.tokenizer / "model"
+
+
+def finish_warm_start(recipe, inputs: Inputs) -> Path:
+    folder = warm_start.folder_of(recipe)
+    folder.mkdir(parents=True)
+    write_manifest(
+        folder, "warm-start", parents=inputs.parents, **whole("warm-start", **warm_start.facts(recipe))
+    )
+    return folder

@@ -1,0 +1,200 @@
+"""When a run directory is reused, refused or replaced."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from sealing import reseal
+from training_artifacts import (
+    finish_run,
+    finish_warm_start,
+    model_of,
+)
+
+from recast_cli.demo import why_stale
+from recast_cli.errors import ArtifactError, EnvironmentFault
+from recast_cli.recipe import dump_recipe
+from recast_cli.training import run
+from recast_cli.training.inputs import Inputs
+
+
+def test_no_run_is_found_in_a_folder_that_is_empty_or_holds_the_warm_start(
+    make_recipe, inputs: Inputs, tmp_path: Path
+) -> None:
+    assert run.find(make_recipe(), inputs, model_of(inputs)) is None
+    (tmp_path / "run" / "warm_start").mkdir(parents=True)
+    (tmp_path / "run" / "warm_start.log").touch()
+    assert run.find(make_recipe(), inputs, model_of(inputs)) is None
+
+
+def test_folder_of_something_else_is_refused_and_left_alone(
+    make_recipe, inputs: Inputs, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    for name in ("model", "outputs"):
+        (out / name).mkdir(parents=True)
+        (out / name / "mine.txt").write_text("mine")
+    (out / "recipe.yaml").write_text("mine")
+    with pytest.raises(ArtifactError, match="holds model and is no run directory, needed an empty or a new"):
+        run.find(make_recipe(), inputs, model_of(inputs))
+    with pytest.raises(ArtifactError, match="no run directory"):
+        run.train(make_recipe(), inputs, model_of(inputs))
+    run.remove(out)  # --overwrite
+    assert sorted(path.name for path in out.rglob("*")) == [
+        "mine.txt",
+        "mine.txt",
+        "model",
+        "outputs",
+        "recipe.yaml",
+    ]
+
+
+def test_run_that_started_from_another_model_is_refused(make_recipe, inputs: Inputs, tmp_path: Path) -> None:
+    finish_run(make_recipe(), inputs)
+    other = tmp_path / "other-model"
+    shutil.copytree(model_of(inputs), other)
+    assert run.find(make_recipe(), inputs, other) is not None  # the same weights elsewhere
+    (other / "model.safetensors").write_bytes(b"others")
+    with pytest.raises(ArtifactError, match=f"started from another model than {other}"):
+        run.find(make_recipe(), inputs, other)
+
+
+def test_run_without_its_checkpoints_is_still_whole(make_recipe, inputs: Inputs, tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "big.pt").touch()
+    (tmp_path / "run" / "command.txt").touch()
+    manifest = run.close(tmp_path / "run", inputs, {})
+    assert list(manifest["files"]) == ["command.txt"]
+
+
+def test_same_recipe_and_parents_reuse_a_finished_run(make_recipe, inputs: Inputs) -> None:
+    recipe = make_recipe(rl={"learning_rate": 1e-5}, verl={"trainer.nnodes": 1})
+    finish_run(recipe, inputs)
+    found = run.find(recipe, inputs, model_of(inputs))
+    assert found is not None and found["kind"] == "run" and found["parents"] == inputs.parents
+
+
+def test_run_of_another_recipe_or_of_other_data_is_refused(
+    make_recipe, inputs: Inputs, tmp_path: Path
+) -> None:
+    finish_run(make_recipe(), inputs)
+    with pytest.raises(ArtifactError, match="another recipe or data") as caught:
+        run.find(make_recipe(seed=1), inputs, model_of(inputs))
+    assert "--overwrite" in caught.value.hint
+    with pytest.raises(ArtifactError, match="another recipe or data"):
+        run.find(make_recipe(method={"name": "grpo"}), inputs, model_of(inputs))
+    (tmp_path / "tokenizer" / "model" / "model.safetensors").write_bytes(b"others")
+    reseal(tmp_path / "tokenizer")
+    with pytest.raises(ArtifactError, match="another recipe or data"):
+        run.find(make_recipe(), Inputs.load(make_recipe()), model_of(inputs))
+
+
+def test_unfinished_run_is_refused(make_recipe, inputs: Inputs, tmp_path: Path) -> None:
+    finish_run(make_recipe(), inputs)
+    (tmp_path / "run" / "manifest.json").unlink()
+    with pytest.raises(ArtifactError, match="did not finish") as caught:
+        run.find(make_recipe(), inputs, model_of(inputs))
+    assert "--overwrite" in caught.value.hint
+
+
+def test_the_demo_makes_again_what_another_recipe_made(make_recipe, inputs: Inputs, tmp_path: Path) -> None:
+    recipes = {}
+    for name in ("sft", "recast"):
+        recipes[name] = str(tmp_path / f"{name}.yaml")
+        resolved = dump_recipe(make_recipe(method={"name": name}))
+        Path(recipes[name]).write_text(resolved, encoding="utf-8")
+        assert why_stale(["train", recipes[name]]) == "", "nothing is there yet"
+    shutil.copytree(model_of(inputs), finish_warm_start(make_recipe(), inputs) / "model")
+    finish_run(make_recipe(), inputs)
+    assert why_stale(["train", recipes["sft"]]) == why_stale(["train", recipes["recast"]]) == ""
+    assert "another recipe" in why_stale(["train", recipes["recast"], "rl.steps=7"])
+    assert "other data or settings" in why_stale(["train", recipes["sft"], "warm_start.epochs=7"])
+
+
+def test_overwrite_removes_a_run_but_not_the_warm_start_or_a_strangers_file(
+    make_recipe, inputs: Inputs, tmp_path: Path
+) -> None:
+    finish_run(make_recipe(), inputs)
+    out = tmp_path / "run"
+    (out / "warm_start").mkdir()
+    (out / "notes.txt").write_text("mine")
+    run.remove(out)
+    assert sorted(path.name for path in out.iterdir()) == ["notes.txt", "warm_start"]
+
+
+@pytest.mark.parametrize("where", ["model", "checkpoints/global_step_8/actor/huggingface"])
+def test_overwrite_refuses_to_remove_the_model_it_starts_from(
+    make_recipe, inputs: Inputs, tmp_path: Path, where: str
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(model_of(inputs), out / where)
+    finish_run(make_recipe(model=str(out / where)), inputs)
+    before = sorted(out.rglob("*"))
+    with pytest.raises(ArtifactError, match=f"would remove the start model {out / where}"):
+        run.train(make_recipe(), inputs, out / where, overwrite=True)
+    assert sorted(out.rglob("*")) == before
+
+
+def test_overwrite_keeps_the_old_run_if_the_new_one_makes_no_step(
+    make_recipe, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish_run(make_recipe(), inputs)
+    out = tmp_path / "run"
+    (out / "checkpoints").mkdir()
+    (out / "checkpoints" / "weights.pt").write_bytes(b"mine")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    # a job that verl refuses when it reads the command line
+    refused = make_recipe(verl={"no.such.key": 1}, ray_cpus=8)
+    with pytest.raises(EnvironmentFault, match=r"main_ppo exited with 1: .*no\.such"):
+        run.train(refused, inputs, model_of(inputs), overwrite=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    # or one that the disk cannot hold
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 0, 1))
+    with pytest.raises(EnvironmentFault, match="free, the checkpoints need"):
+        run.train(make_recipe(), inputs, model_of(inputs), overwrite=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir() if "replaced" in path.name] == []
+
+
+@pytest.mark.parametrize("moves", range(9))
+def test_killed_overwrite_leaves_the_old_run_to_the_next_command(
+    make_recipe, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int
+) -> None:
+    """Killed after so many of its renames, or before the new run has made a step."""
+    finish_run(make_recipe(), inputs)
+    out = tmp_path / "run"
+    (out / "checkpoints").mkdir()
+    for name in ("checkpoints/weights.pt", "metrics.jsonl", "rows.parquet", "rollouts.jsonl"):
+        (out / name).write_text("{}", encoding="utf-8")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    child = os.fork()
+    if child == 0:  # a process that nothing can tidy up after
+        rename, count = Path.rename, itertools.count(1)
+
+        def counted(path: Path, target: Path) -> Path:
+            moved = rename(path, target)
+            if next(count) == moves:
+                os._exit(1)
+            return moved
+
+        Path.rename = counted  # type: ignore[method-assign]
+        with run._replacing(out, model_of(inputs)):
+            out.mkdir(exist_ok=True)
+            (out / "command.txt").write_text("python -m another\n", encoding="utf-8")
+            os._exit(2)
+    exited = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert exited == (1 if 1 <= moves <= 7 else 2)
+    if exited == 1:
+        assert run.find(make_recipe(), inputs, model_of(inputs)) is not None
+    else:  # something is there, so only --overwrite may remove it
+        with pytest.raises(ArtifactError, match="did not finish"):
+            run.find(make_recipe(), inputs, model_of(inputs))
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 0, 1))
+        with pytest.raises(EnvironmentFault, match="checkpoints need"):
+            run.train(make_recipe(), inputs, model_of(inputs), overwrite=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir() if "replaced" in path.name] == []
