@@ -109,7 +109,7 @@ def require_columns(table: pl.DataFrame, needed: Sequence[tuple[str, str]], path
         path: Of the file, for the message.
 
     Raises:
-        DataError: naming the first missing column and those that are there.
+        DataError: naming the first missing column and those that are there, or one that is there twice.
     """
     for option, name in needed:
         if name not in table.columns:
@@ -118,6 +118,8 @@ def require_columns(table: pl.DataFrame, needed: Sequence[tuple[str, str]], path
                 f"{path} has no column {name!r} (found: {', '.join(table.columns)})",
                 f"name the right one with {option}{close}",
             )
+        if f"{name}_duplicated_0" in table.columns:  # polars' name for the second
+            raise DataError(f"{path} has several columns {name!r}", "rename or remove all but one")
 
 
 def parse_columns(text: str | None, text_columns: str | None = None) -> ColumnMap:

@@ -223,6 +223,15 @@ def test_a_missing_column_hints_at_the_closest_under_our_name(tmp_path: Path, cs
     assert caught.value.hint == "name the right one with --text-columns genre"
 
 
+def test_a_column_that_is_there_twice_is_refused_if_it_is_needed(tmp_path: Path, csv_files) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("user_id,item_id,timestamp,timestamp\nu1,i1,5,6\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"log\.csv has several columns 'timestamp'"):
+        source(path, csv_files[1]).load()
+    path.write_text("user_id,item_id,timestamp,note,note\nu1,i1,5,x,y\n", encoding="utf-8")
+    source(path, csv_files[1]).load()
+
+
 def test_a_pipe_is_refused(tmp_path: Path, csv_files: tuple[Path, Path]) -> None:
     os.mkfifo(tmp_path / "pipe.csv")
     with pytest.raises(DataError, match="is a pipe, socket or device, needed a file"):
