@@ -10,6 +10,7 @@ import torch
 
 from recast_cli.artifacts import identity, is_artifact, load_manifest, weights_sha256
 from recast_cli.errors import ArtifactError
+from recast_cli.vocabulary import Vocabulary
 
 
 def require_vocabulary(model_dir: Path, vocab_size: int) -> None:
@@ -56,6 +57,33 @@ def require_tokenizer(model_dir: Path, tokenizer_dir: Path) -> None:
             f"model {model_dir} was trained with another tokenizer than {tokenizer_dir}",
             "name the tokenizer of that model",
         )
+
+
+def require_start(model_dir: Path, tokenizer_dir: Path) -> None:
+    """Refuse a model that RL cannot start from. verl reads prompts with the tokenizer in the model's folder.
+
+    Raises:
+        ArtifactError: another vocabulary size, tokenizer or chat template, or none.
+    """
+    from transformers import AutoTokenizer
+
+    require_vocabulary(model_dir, Vocabulary.load(tokenizer_dir / "vocabulary.json").vocab_size)
+    require_tokenizer(model_dir, tokenizer_dir)
+    ours = tokenizer_dir / "model"
+    needed = AutoTokenizer.from_pretrained(ours, local_files_only=True)
+    try:
+        found: Any = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError):
+        found = None
+    for name, same in (
+        ("tokenizer", found is not None and found.get_vocab() == needed.get_vocab()),
+        ("chat template", found is not None and found.chat_template == needed.chat_template),
+    ):
+        if not same:
+            raise ArtifactError(
+                f"model {model_dir} has another {name} than {ours}, or none",
+                f"copy tokenizer*.json and chat_template.jinja of {ours} into it",
+            )
 
 
 def load_model(model_dir: Path, vocab_size: int, device: str) -> Any:

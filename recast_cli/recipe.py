@@ -91,6 +91,11 @@ class RL(Section):
             )
         return self
 
+    @property
+    def updates_per_step(self) -> int:
+        """PPO mini-batches of a step, one optimiser step each."""
+        return self.prompts_per_step // (self.mini_batch_prompts or self.prompts_per_step)
+
 
 class Method(Section):
     """What is done with the rollouts of a group."""
@@ -98,6 +103,15 @@ class Method(Section):
     name: Literal["recast", "grpo", "sft-continued", "sft"] = "recast"
     w_positive: Weight = Field(1.0, description="advantage of the strongest positive (recast)")
     w_negative: Weight = Field(1.0, description="minus the advantage of the hardest negative (recast)")
+
+    @model_validator(mode="after")
+    def _weights_count(self) -> Method:
+        if self.name != "recast" and (self.w_positive, self.w_negative) != (1, 1):
+            raise ValueError(
+                f"w_positive {self.w_positive:g} and w_negative {self.w_negative:g} are weights of recast, "
+                f"{self.name} has none"
+            )
+        return self
 
 
 class Recipe(Section):

@@ -60,6 +60,8 @@ def layout(tmp_path):
             {"partition": "train", "rollouts": 8, **dict.fromkeys(names, share), "invalid": number / 8}
             for number, share in enumerate(shares)
         ]
+        # verl's last validation: greedy, and no part of the signal
+        lines.append({"partition": "val", "rollouts": 99, **dict.fromkeys(names, 0.9)})
         (layout.run / name / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     steps = [
         {"step": n, "data": {"signal/all_zero_after_repair": value}} for n, value in ((1, 0.0), (2, 0.5))

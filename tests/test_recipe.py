@@ -199,6 +199,15 @@ def test_minibatches_must_divide_the_prompts_of_a_step(write) -> None:
         load_recipe(path, ["rl.prompts_per_step=12", "rl.mini_batch_prompts=5"])
 
 
+def test_weights_of_recast_are_no_weights_of_another_method(write) -> None:
+    path = write(MINIMAL)
+    assert load_recipe(path, ["method.w_negative=0.25"]).method.w_negative == 0.25
+    with pytest.raises(
+        RecipeError, match=r"w_positive 1 and w_negative 0\.25 are weights of recast, grpo has"
+    ):
+        load_recipe(path, ["method.w_negative=0.25", "method.name=grpo"])
+
+
 def test_resolved_recipe_reads_back_as_itself(write, tmp_path: Path) -> None:
     recipe = load_recipe(write(MINIMAL), ["rl.learning_rate=1e-7", "verl.a.b=x", "out=Übung"])
     again = load_recipe(write(dump_recipe(recipe), "again.yaml"))

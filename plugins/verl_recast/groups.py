@@ -67,7 +67,7 @@ def gather_groups(
     """
     if len(batch) == 0:
         raise RuntimeError("no rollout arrived: the rollout server or agent loop failed, see its log above")
-    names = ["rm_scores", "responses", "reward_model", "extra_fields", "index"]
+    names = ["rm_scores", "prompts", "responses", "reward_model", "extra_fields", "index"]
     data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
     responses = [response.tolist() for response in data["responses"].unbind()]
     rewards_N = np.array([float(scores.sum()) for scores in data["rm_scores"].unbind()])
@@ -75,7 +75,8 @@ def gather_groups(
     index_N = np.array([int(index) for index in _plain(data["index"])])
     grouped = _group_rows(batch.keys, index_N)
     targets = [require_targets(entry["ground_truth"]) for entry in _plain(data["reward_model"])]
-    _require_own_index([(int(index_N[rows[0]]), targets[rows[0]]) for rows in grouped])
+    prompts = [tuple(prompt.tolist()) for prompt in data["prompts"].unbind()]
+    require_own_index([(int(index_N[r]), (prompts[r], targets[r])) for r, *_ in grouped])
     lacking = next((info for info in infos if "structural_score" not in info), None)
     if lacking is not None:
         raise ValueError(
@@ -92,6 +93,8 @@ def gather_groups(
     def spread(values_N: np.ndarray) -> np.ndarray:
         return np.where(present_BG, values_N[rows_BG], 0)
 
+    # What is no item of the catalogue has no prefix in common with one, whoever scored it.
+    scores_N = np.array([float(info["structural_score"]) for info in infos]) * answers.valid_N
     return Groups(
         rows_BG=rows_BG,
         index_B=index_N[rows_BG[:, 0]],
@@ -99,27 +102,27 @@ def gather_groups(
         valid_BG=spread(answers.valid_N).astype(bool),
         lends_BG=spread(answers.lends_N).astype(bool),
         rewards_BG=spread(rewards_N),
-        scores_BG=spread(np.array([float(info["structural_score"]) for info in infos])),
+        scores_BG=spread(scores_N),
         codes_BGL=np.where(present_BG[:, :, None], answers.codes_NL[rows_BG], -1),
         targets=[targets[rows[0]] for rows in grouped],
     )
 
 
-def _require_own_index(prompts: list[tuple[int, list[tuple[int, ...]]]]) -> None:
+def require_own_index(rows: Sequence[tuple[int, Any]]) -> None:
     """Two rows with one index would draw alike and break ties alike; a row that comes twice may.
 
     Args:
-        prompts: (index, targets) of each.
+        rows: (index, prompt and targets) of each prompt.
 
     Raises:
-        ValueError: an index that belongs to different targets.
+        ValueError: an index that belongs to different prompts or targets.
     """
-    known: dict[int, list[tuple[int, ...]]] = {}
-    for index, targets in prompts:
-        if known.setdefault(index, targets) != targets:
-            count = sum(index == other for other, _ in prompts)
+    known: dict[int, Any] = {}
+    for index, content in rows:
+        if known.setdefault(index, content) != content:
+            count = sum(index == other for other, _ in rows)
             raise ValueError(
-                f"{count} of {len(prompts)} prompts have extra_info.index {index}, each row needs its own "
+                f"{count} of {len(rows)} prompts have extra_info.index {index}, each row needs its own "
                 "(verl takes 0 where it is missing): add a unique integer column extra_info.index to the data"
             )
 

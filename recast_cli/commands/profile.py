@@ -52,7 +52,7 @@ def profile(
     import shutil
 
     from recast_cli.console import note, print_json, progress
-    from recast_cli.models import require_tokenizer, require_vocabulary
+    from recast_cli.models import require_start
     from recast_cli.profiling import profile as stage
     from recast_cli.profiling.peak import matmul_peak
     from recast_cli.profiling.plot import plot
@@ -61,14 +61,13 @@ def profile(
     from recast_cli.training import verl_args
     from recast_cli.training.inputs import Inputs
     from recast_cli.training.run import draw_rows
-    from recast_cli.vocabulary import Vocabulary
 
     loaded = load_recipe(recipe, overrides or [])
     settings = _settings(loaded, prompts, group_size, steps)
     inputs = Inputs.load(settings)
     start = model or _start_model(settings, inputs)
-    require_vocabulary(start, Vocabulary.load(inputs.tokenizer / "vocabulary.json").vocab_size)
-    require_tokenizer(start, inputs.tokenizer)
+    require_start(start, inputs.tokenizer)
+    verl_args.require_cores(settings)
     device, threads = verl_args.resolve_device(settings), verl_args.num_threads(settings)
     rows = draw_rows(inputs.tokenizer / "verl" / "rl.parquet", settings.rl.prompts_per_step, settings.seed)
     if (out / "jobs").exists() and not (out / "jobs" / MARKER).exists():

@@ -38,14 +38,18 @@ def train(
     """
     from recast_cli.artifacts import load_manifest
     from recast_cli.console import note, print_json
+    from recast_cli.models import require_start
     from recast_cli.recipe import load_recipe
-    from recast_cli.training import run, warm_start
+    from recast_cli.training import run, verl_args, warm_start
     from recast_cli.training.inputs import Inputs
 
     settings = load_recipe(recipe, overrides or [])
     inputs = Inputs.load(settings)
     if settings.method.name != "sft":
         inputs.require_rl_rows()
+    if settings.model:
+        require_start(Path(settings.model), inputs.tokenizer)
+    verl_args.require_cores(settings)
     if dry_run:
         _show(settings, inputs, json_output=json_output)
         return
@@ -70,14 +74,9 @@ def train(
 def _start_model(settings: Recipe, inputs: Inputs, *, overwrite: bool) -> Path:
     """Folder of the model that RL starts from: named by the recipe, or the warm start, made if need be."""
     from recast_cli.console import note
-    from recast_cli.models import require_tokenizer, require_vocabulary
     from recast_cli.training import warm_start
-    from recast_cli.vocabulary import Vocabulary
 
     if settings.model:
-        vocabulary = Vocabulary.load(inputs.tokenizer / "vocabulary.json")
-        require_vocabulary(Path(settings.model), vocabulary.vocab_size)
-        require_tokenizer(Path(settings.model), inputs.tokenizer)
         return Path(settings.model)
     folder = warm_start.folder_of(settings)
     with warm_start.exclusive(settings, lambda: note(f"waiting for another process to make {folder}")):
@@ -122,10 +121,10 @@ def _warm_up(settings: Recipe, inputs: Inputs, *, overwrite: bool) -> None:
 
 def _run(settings: Recipe, inputs: Inputs, model: Path, *, overwrite: bool) -> dict[str, Any]:
     from recast_cli.console import progress
-    from recast_cli.training.run import train as train_stage
+    from recast_cli.training import run
 
-    with progress(settings.method.name, settings.rl.steps) as advance:
-        return train_stage(settings, inputs, model, overwrite=overwrite, on_step=lambda _: advance(1))
+    with progress(settings.method.name, run.num_records(settings)) as advance:
+        return run.train(settings, inputs, model, overwrite=overwrite, on_step=lambda _: advance(1))
 
 
 def _show(settings: Recipe, inputs: Inputs, *, json_output: bool) -> None:

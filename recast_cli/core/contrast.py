@@ -72,8 +72,8 @@ def select_pairs(
         present_BG: True where a rollout exists (ragged groups); default all.
         valid_BG: True where a rollout holds a semantic ID; default all.
         lends_BG: True where an anchor may take a rollout's place; default all. A thought that broke off
-            cannot lend its text: the next-lowest score is taken, and where nobody lends (or nobody may, as in
-            a contrast-only arm) an all-zero group is left without a positive.
+            cannot lend its text: the next-lowest score is taken, and where nobody lends an all-zero group is
+            left without a positive.
     """
     present_BG = np.ones_like(rewards_BG, dtype=bool) if present_BG is None else present_BG.astype(bool)
     valid_BG = present_BG if valid_BG is None else valid_BG.astype(bool) & present_BG

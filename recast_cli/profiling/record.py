@@ -45,8 +45,8 @@ def record(
     """Draw `group_size` answers for every row with the engine that a run's rollout server uses.
 
     Args:
-        model_dir: Hugging Face folder, with its tokenizer.
-        tokenizer_dir: Folder of `recast build-tokenizer`: trie and vocabulary.
+        model_dir: Hugging Face folder.
+        tokenizer_dir: Folder of `recast build-tokenizer`: tokenizer, trie and vocabulary.
         rows: RL rows as verl reads them (`prompt`, `extra_info.index`).
         path: The file to write.
     """
@@ -54,7 +54,7 @@ def record(
 
     vocabulary = Vocabulary.load(tokenizer_dir / "vocabulary.json")
     model = load_model(model_dir, vocabulary.vocab_size, device)
-    tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir / "model", local_files_only=True)
     table = rows.select(["prompt", "extra_info"]).to_pylist()
     prompts = encode_prompts(tokenizer, [row["prompt"] for row in table])
     index_B = np.array([row["extra_info"]["index"] for row in table])

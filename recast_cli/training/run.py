@@ -46,6 +46,13 @@ def continued_sft_rows(rows: pa.Table) -> pa.Table:
     return pa.table({"messages": messages})
 
 
+def num_records(recipe: Recipe) -> int:
+    """Records that verl logs of a run: one per RL step, and one per update of the control, which makes as
+    many."""
+    control = recipe.method.name == "sft-continued"
+    return recipe.rl.steps * (recipe.rl.updates_per_step if control else 1)
+
+
 def job(recipe: Recipe, inputs: Inputs, model: Path, out: Path) -> tuple[list[str], list[str]]:
     """What follows `python -m`, and the overrides, of the recipe's main job."""
     rows = out / "rows.parquet"
@@ -56,10 +63,10 @@ def job(recipe: Recipe, inputs: Inputs, model: Path, out: Path) -> tuple[list[st
             train_file=rows.resolve(),
             out=(out / "checkpoints").resolve(),
             epochs=1,
-            batch_size=recipe.rl.prompts_per_step,
+            batch_size=recipe.rl.prompts_per_step // recipe.rl.updates_per_step,
             learning_rate=recipe.rl.learning_rate,
             max_length=inputs.example_length,
-            steps=recipe.rl.steps,
+            steps=num_records(recipe),
         )
         return verl_args.sft_module(recipe), arguments
     arguments = verl_args.rl_arguments(

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from recast_cli.environment import cpu_count
+from recast_cli.environment import cpu_count, require_threads
 from recast_cli.errors import RecipeError
 from recast_cli.recipe import Recipe
 
@@ -60,6 +60,16 @@ def packs_rows(device: str) -> bool:
 def num_threads(recipe: Recipe) -> int:
     """Torch threads of a worker: verl runs rollout and actor in turns, so each may have every core."""
     return recipe.threads or cpu_count()
+
+
+def require_cores(recipe: Recipe) -> None:
+    """Refuse more threads than this machine's cores can bear; on a GPU the recipe's number is not used.
+
+    Raises:
+        RecipeError: naming the most.
+    """
+    if resolve_device(recipe) == "cpu":
+        require_threads(num_threads(recipe))
 
 
 def environment(recipe: Recipe, metrics: Path) -> dict[str, str]:
@@ -152,7 +162,8 @@ def sft_arguments(
         "+model.override_config.attn_implementation": "flash_attention_2" if packed else "sdpa",
         "optim.lr": learning_rate,
         "optim.weight_decay": warm.weight_decay if steps is None else recipe.rl.weight_decay,
-        "optim.lr_warmup_steps": -1 if steps is None else recipe.rl.warmup_steps,
+        # verl's RL trainer moves the rate once a step, its SFT trainer at every update
+        "optim.lr_warmup_steps": -1 if steps is None else recipe.rl.warmup_steps * recipe.rl.updates_per_step,
         "optim.lr_warmup_steps_ratio": warm.warmup_ratio if steps is None else 0.0,
         "optim.lr_scheduler_type": "cosine" if steps is None else "constant",
         "checkpoint.save_contents": ["model", "optimizer", "extra", "hf_model"],

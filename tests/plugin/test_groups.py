@@ -8,8 +8,8 @@ import torch
 
 from verl_recast.groups import (
     _group_rows,
-    _require_own_index,
     minibatch_order,
+    require_own_index,
     response_fields,
     share_without_hit,
 )
@@ -34,10 +34,13 @@ def test_groups_of_one_index_stay_apart() -> None:
     assert _group_rows(keys, np.array([4, 4, 4, 4])) == [[1, 3], [0, 2]]
 
 
-def test_one_index_for_different_targets_is_refused_and_for_one_row_twice_is_not() -> None:
-    _require_own_index([(4, [(1, 2)]), (4, [(1, 2)]), (5, [(1, 2)])])
+def test_one_index_for_different_rows_is_refused_and_for_one_row_twice_is_not() -> None:
+    prompt, other, target = (5, 6), (5, 7), [(1, 2)]
+    require_own_index([(4, (prompt, target)), (4, (prompt, target)), (5, (other, target))])
     with pytest.raises(ValueError, match=r"2 of 3 prompts have extra_info\.index 0, each row needs its own"):
-        _require_own_index([(0, [(1, 2)]), (7, [(1, 2)]), (0, [(1, 3)])])
+        require_own_index([(0, (prompt, target)), (7, (prompt, target)), (0, (prompt, [(1, 3)]))])
+    with pytest.raises(ValueError, match=r"2 of 2 prompts have extra_info\.index 0"):
+        require_own_index([(0, (prompt, target)), (0, (other, target))])
 
 
 def test_one_rank_one_minibatch_keeps_the_order() -> None:

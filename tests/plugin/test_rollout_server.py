@@ -20,7 +20,8 @@ from recast_cli.core.signal import group_statistics
 from recast_cli.core.spelling import find_all
 from recast_cli.core.trie import Trie
 from verl_recast.catalogue import Catalogue
-from verl_recast.rollout.agent_loop import GroupLoopWorker
+from verl_recast.reward import require_targets
+from verl_recast.rollout.agent_loop import score_groups
 from verl_recast.rollout.server import SIDServer
 
 NUM_ROLLOUTS = 16
@@ -61,10 +62,9 @@ def generate(server: SIDServer, prompts: list[list[int]], index: list[int], **op
 
 
 def score(folder: Path, rows: list[dict[str, Any]], codes_BGL: np.ndarray) -> dict[str, float]:
-    """Statistics of rollouts, scored by the agent loop's own method."""
-    worker = object.__new__(GroupLoopWorker)  # without its Ray set-up
-    worker.catalogue = Catalogue.load(folder)
-    hits_BG, scores_BG, valid_BG = worker._score(rows, codes_BGL)
+    """Statistics of rollouts, scored by the agent loop's own function."""
+    targets = [require_targets(row["reward_model"]["ground_truth"]) for row in rows]
+    hits_BG, scores_BG, valid_BG = score_groups(Catalogue.load(folder), targets, codes_BGL)
     return group_statistics(hits_BG, scores_BG, codes_BGL, valid_BG)
 
 
@@ -212,18 +212,12 @@ def test_mask_that_lets_everything_pass_makes_the_invalid_count_rise(
     assert found["invalid"] > 0.5
 
 
-def test_invalid_rollout_never_hits_and_several_targets_count(
-    tokenizer_folder: Path, rows: list[dict[str, Any]]
-) -> None:
+def test_invalid_rollout_never_hits_and_several_targets_count(tokenizer_folder: Path) -> None:
     members = sorted(Catalogue.load(tokenizer_folder).members)
     outside = next(c for c in np.ndindex(8, 8, 8) if c not in set(members))
-    text = "".join(f"<s_{'abc'[level]}_{code}>" for level, code in enumerate(outside))
-    first = "".join(f"<s_{'abc'[level]}_{code}>" for level, code in enumerate(members[3]))
-    asked = [{"reward_model": {"ground_truth": [text, first]}}]
     codes_BGL = np.array([[outside, members[3], members[4]]])
-    worker = object.__new__(GroupLoopWorker)
-    worker.catalogue = Catalogue.load(tokenizer_folder)
-    hits_BG, scores_BG, valid_BG = worker._score(asked, codes_BGL)
+    targets = [[outside, members[3]]]
+    hits_BG, scores_BG, valid_BG = score_groups(Catalogue.load(tokenizer_folder), targets, codes_BGL)
     assert valid_BG.tolist() == [[False, True, True]]
     assert hits_BG.tolist() == [[0, 1, 0]]
     assert scores_BG[0, 0] == 0 and scores_BG[0, 1] == 1

@@ -10,6 +10,7 @@ import ray
 import torch
 import transfer_queue as tq
 from omegaconf import OmegaConf
+from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
@@ -153,6 +154,39 @@ def test_without_any_signal_one_pair_goes_on_and_is_not_counted(tokenizer: Any) 
     assert small.keys == ["u6_0_0", "u6_1_0"] and hook.no_signal
     assert metrics["signal/kept_samples"] == metrics["signal/kept_tokens"] == 0
     assert tq.kv_list("no-signal")["no-signal"].keys() == set(small.keys)
+
+
+def test_what_is_no_item_is_replaced_first_and_is_no_negative(tokenizer: Any) -> None:
+    """verl's own agent loop scores text and knows no catalogue: NEAR's score must not make it hard."""
+    batch, metrics = put(tokenizer, [(1, [FARTHEST, NEAR, FAR])], "invalid"), {}
+    hook = trainer(tokenizer, 1)
+    hook.members = frozenset({(0, 1, 2), (0, 0, 0), (1, 1, 2)})  # TARGET, FAR, FARTHEST
+    small = hook._balance_batch(batch, metrics)
+    assert small.keys == ["u1_1_0", "u1_2_0"]
+    assert metrics["signal/invalid"] == pytest.approx(1 / 3)
+    assert metrics["signal/mean_score"] == pytest.approx(0.01 / 3)
+
+
+def test_rows_of_one_index_are_refused(tokenizer: Any) -> None:
+    batch = put(tokenizer, [(0, [NEAR, FAR, FARTHEST])], "index")
+    again = put(tokenizer, [(3, [NEAR, FAR, FARTHEST])], "index")  # the same prompt and target
+    rows = {"index": torch.tensor([0, 0, 0])}
+    tq.kv_batch_put(keys=again.keys, partition_id="index", fields=TensorDict(rows, batch_size=3))
+    both = KVBatchMeta(
+        partition_id="index", keys=[*batch.keys, *again.keys], tags=[*batch.tags, *again.tags], extra_info={}
+    )
+    assert len(trainer(tokenizer, 1)._balance_batch(both, {}).keys) == 4  # one row, drawn twice
+    other = put(tokenizer, [(0, [NEAR, FAR, FARTHEST])], "prompts")
+    longer = put(tokenizer, [(1, [NEAR, FAR, FARTHEST])], "prompts")
+    tq.kv_batch_put(keys=longer.keys, partition_id="prompts", fields=TensorDict(rows, batch_size=3))
+    both = KVBatchMeta(
+        partition_id="prompts",
+        keys=[*other.keys, *longer.keys],
+        tags=[*other.tags, *longer.tags],
+        extra_info={},
+    )
+    with pytest.raises(ValueError, match=r"2 of 2 prompts have extra_info\.index 0, each row needs its own"):
+        trainer(tokenizer, 1)._balance_batch(both, {})
 
 
 def test_thought_that_broke_off_is_not_overwritten(tokenizer: Any) -> None:

@@ -214,6 +214,26 @@ def test_warm_start_saves_every_epoch_and_control_has_the_schedule_of_rl(make_re
 # -- environment -----------------------------------------------------------------------------------------
 
 
+def test_the_control_makes_as_many_updates_as_rl_at_the_same_rates(make_recipe, inputs: Inputs) -> None:
+    rl = {"steps": 5, "prompts_per_step": 12, "mini_batch_prompts": 4, "warmup_steps": 2}
+    recipe = make_recipe(rl=rl, method={"name": "sft-continued"})
+    module, arguments = run.job(recipe, inputs, Path("model"), Path("out"))
+    config = composed(module[-1], arguments)
+    # three mini-batches of four prompts in each of five steps; RL's rate moves once a step
+    assert config.data.train_batch_size == 4
+    assert config.trainer.total_training_steps == run.num_records(recipe) == 15
+    assert config.optim.lr_warmup_steps == 2 * 3
+    assert run.num_records(make_recipe(rl=rl)) == 5
+
+
+def test_more_threads_than_the_cores_can_bear_are_refused(make_recipe) -> None:
+    verl_args.require_cores(make_recipe(threads=1))
+    verl_args.require_cores(make_recipe())
+    with pytest.raises(RecipeError, match=r"threads is 1000, needed 1 to \d+ on \d+ cores"):
+        verl_args.require_cores(make_recipe(threads=1000))
+    verl_args.require_cores(make_recipe(threads=1000, device="cuda"))
+
+
 def test_environment_of_the_cpu(make_recipe) -> None:
     found = verl_args.environment(make_recipe(threads=3), Path("/x/metrics.jsonl"))
     assert found["VERL_PLATFORM"] == "cpu"

@@ -26,7 +26,7 @@ from recast_cli.core.scoring import score_rollouts
 from recast_cli.core.signal import group_statistics
 from recast_cli.vocabulary import encode_prompts
 from verl_recast.catalogue import Catalogue
-from verl_recast.groups import response_fields
+from verl_recast.groups import require_own_index, response_fields
 from verl_recast.reward import require_targets
 from verl_recast.settings import RecastSettings
 
@@ -72,8 +72,11 @@ class GroupLoopWorker(AgentLoopWorker):
 
     async def _roll_out(self, rows: list[dict[str, Any]], *, validate: bool, partition: str) -> None:
         prompts = self._encode([list(row["raw_prompt"]) for row in rows])
+        targets = [require_targets(row["reward_model"]["ground_truth"]) for row in rows]
+        contents = zip(prompts, targets, strict=True)
+        require_own_index([(int(row["index"]), content) for row, content in zip(rows, contents, strict=True)])
         out = await self._answers(rows, prompts, validate=validate)
-        hits_BG, scores_BG, valid_BG = self._score(rows, out["codes_BGL"])
+        hits_BG, scores_BG, valid_BG = score_groups(self.catalogue, targets, out["codes_BGL"])
         keys, fields, tags = self._records(rows, prompts, out, hits_BG, scores_BG)
         await tq.async_kv_batch_put(
             keys=keys, fields=list_of_dict_to_tensordict(fields), tags=tags, partition_id=partition
@@ -119,22 +122,6 @@ class GroupLoopWorker(AgentLoopWorker):
             )
         return prompts
 
-    def _score(
-        self, rows: list[dict[str, Any]], codes_BGL: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Hit, structural score and validity (membership in the catalogue) of every rollout, each (B, G)."""
-        targets = [require_targets(row["reward_model"]["ground_truth"]) for row in rows]
-        most = max(len(target) for target in targets)
-        targets_BTL = np.full((len(rows), most, self.catalogue.num_levels), -1, dtype=np.int64)
-        mask_BT = np.zeros((len(rows), most), dtype=bool)
-        for b, target in enumerate(targets):
-            targets_BTL[b, : len(target)] = target
-            mask_BT[b, : len(target)] = True
-        members = self.catalogue.members
-        valid_BG = np.array([[tuple(sid) in members for sid in group] for group in codes_BGL.tolist()])
-        hits_BG, scores_BG = score_rollouts(codes_BGL, targets_BTL, mask_BT, valid_BG)
-        return hits_BG, scores_BG, valid_BG
-
     def _records(
         self,
         rows: list[dict[str, Any]],
@@ -157,6 +144,26 @@ class GroupLoopWorker(AgentLoopWorker):
             fields.append(record)
             tags.append(_tag(record, int(rows[b]["global_steps"]), out["global_steps"]))
         return keys, fields, tags
+
+
+def score_groups(
+    catalogue: Catalogue, targets: list[list[tuple[int, ...]]], codes_BGL: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Hit, structural score and validity (membership in the catalogue) of every rollout, each (B, G).
+
+    Args:
+        targets: Codes of each prompt's targets.
+    """
+    most = max(len(target) for target in targets)
+    targets_BTL = np.full((len(targets), most, catalogue.num_levels), -1, dtype=np.int64)
+    mask_BT = np.zeros((len(targets), most), dtype=bool)
+    for b, target in enumerate(targets):
+        targets_BTL[b, : len(target)] = target
+        mask_BT[b, : len(target)] = True
+    members = catalogue.members
+    valid_BG = np.array([[tuple(sid) in members for sid in group] for group in codes_BGL.tolist()])
+    hits_BG, scores_BG = score_rollouts(codes_BGL, targets_BTL, mask_BT, valid_BG)
+    return hits_BG, scores_BG, valid_BG
 
 
 def _record(
