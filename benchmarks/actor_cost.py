@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from recast_cli.artifacts import atomic_text
+from recast_cli.outputs import atomic_text
 from recast_cli.provenance import git_state
 
 PATHS = ("data=", "tokenizer=", "out=", "warm_start.out=", "model=")  # of this machine: not recorded

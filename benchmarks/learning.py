@@ -28,14 +28,14 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from recast_cli.artifacts import atomic_text
-from recast_cli.core.ranking import paired_bootstrap
+from recast_cli.core.ranking import ndcg_of_rank, paired_bootstrap
 from recast_cli.data import synthetic
 from recast_cli.data.prepare import Params, prepare
 from recast_cli.data.prompts import CHAT_TEMPLATE
 from recast_cli.data.render import render
 from recast_cli.evaluation.evaluate import evaluate_model
 from recast_cli.evaluation.recommender import Recommender
+from recast_cli.outputs import atomic_text
 from recast_cli.profiling.profile import machine
 from recast_cli.provenance import git_state, versions
 from recast_cli.recipe import Recipe
@@ -141,10 +141,10 @@ def users_of(model: Path, data: Path, tokenizer: Path, cache: Path) -> pl.DataFr
         users.join(parts, on="index", how="left", validate="1:1").write_parquet(scratch)
         scratch.rename(cache)
     users = pl.read_parquet(cache).sort("index")
-    rank = pl.col("rank_removed").cast(pl.Float64)
+    rank_U = users["rank_removed"].fill_null(0).to_numpy()
     return users.with_columns(
+        pl.Series("ndcg@10", ndcg_of_rank(rank_U, 10)),
         log_prob_in_catalogue=pl.col("target_log_prob") - pl.col("catalogue_mass"),
-        **{"ndcg@10": pl.when(rank <= 10).then(1 / (rank + 1).log(2)).otherwise(0.0).fill_null(0.0)},
     ).select("index", *METRICS)
 
 

@@ -27,7 +27,9 @@ import numpy as np
 import polars as pl
 from learning import difference
 
-from recast_cli.artifacts import atomic_text, weights_sha256
+from recast_cli.artifacts import weights_sha256
+from recast_cli.core.ranking import hit_of_rank, ndcg_of_rank
+from recast_cli.outputs import atomic_text
 from recast_cli.profiling.profile import machine
 from recast_cli.provenance import git_state, versions
 
@@ -112,10 +114,11 @@ class Study:
     def users(self, seed: int, name: str, split: str) -> pl.DataFrame:
         """`METRICS` of every user, history removed."""
         users = pl.read_parquet(self.run(seed, f"{name}-{split}.users.parquet")).sort("index")
-        rank = pl.col("rank_removed").cast(pl.Float64)
-        gain = pl.when(rank <= 10).then(1 / (rank + 1).log(2)).otherwise(0.0)
-        hits = {f"hr@{k}": (rank <= k).cast(pl.Float64).fill_null(0.0) for k in (1, 10)}
-        return users.with_columns(**hits, **{"ndcg@10": gain.fill_null(0.0)}).select("index", *METRICS)
+        rank_U = users["rank_removed"].fill_null(0).to_numpy()
+        return users.with_columns(
+            pl.Series("ndcg@10", ndcg_of_rank(rank_U, 10)),
+            *(pl.Series(f"hr@{k}", hit_of_rank(rank_U, k)) for k in (1, 10)),
+        ).select("index", *METRICS)
 
 
 def name_of(arm: str, rate: float | None) -> str:

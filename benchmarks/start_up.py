@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from recast_cli.artifacts import atomic_text
+from recast_cli.outputs import atomic_text
 from recast_cli.profiling.profile import machine
 from recast_cli.provenance import git_state, versions
 

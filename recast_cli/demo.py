@@ -16,7 +16,7 @@ import polars as pl
 import psutil
 
 from recast_cli.artifacts import read_json_lines
-from recast_cli.core.ranking import Interval, paired_bootstrap
+from recast_cli.core.ranking import Interval, hit_of_rank, ndcg_of_rank, paired_bootstrap
 from recast_cli.errors import ArtifactError
 from recast_cli.recipe import load_recipe
 from recast_cli.training import run, warm_start
@@ -262,13 +262,13 @@ def _differences(layout: Layout, arm: str) -> dict[str, list[float]]:
     assert first["index"].equals(second["index"]), "both arms are evaluated on the same users"
 
     def values(users: pl.DataFrame) -> dict[str, np.ndarray]:
-        rank = users["rank_removed"].fill_null(np.iinfo(np.int32).max).to_numpy()
+        rank_U = users["rank_removed"].fill_null(0).to_numpy()
         return {
             "target_log_prob": users["target_log_prob"].to_numpy(),
             "target_prob": np.exp(users["target_log_prob"].to_numpy()),
-            "hr@1": rank <= 1,
-            "hr@10": rank <= 10,
-            "ndcg@10": np.where(rank <= 10, 1 / np.log2(rank + 1.0), 0.0),
+            "hr@1": hit_of_rank(rank_U, 1),
+            "hr@10": hit_of_rank(rank_U, 10),
+            "ndcg@10": ndcg_of_rank(rank_U, 10),
         }
 
     before, after = values(first), values(second)

@@ -165,7 +165,7 @@ def check_versions() -> list[Finding]:
     return findings
 
 
-def versions() -> dict[str, str | None]:
+def judged_versions() -> dict[str, str | None]:
     """Installed version of each package that is judged; None where missing."""
     found = {name: installed_version(name) for name in (*HOST, *OPTIONAL)}
     return {"python": platform.python_version(), **{name: str(v) if v else None for name, v in found.items()}}

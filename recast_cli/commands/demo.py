@@ -54,9 +54,9 @@ def demo(
     import shlex
     import time
 
-    from recast_cli.artifacts import atomic_text
     from recast_cli.console import note
     from recast_cli.demo import Layout, commands, is_current, peak_memory, summarise, why_stale
+    from recast_cli.outputs import atomic_text
 
     out = out or Path("runs/demo-short" if short else "runs/demo")
     recipes = Path(__file__).resolve().parents[2] / "recipes" / "ml-100k"

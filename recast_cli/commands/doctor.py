@@ -63,7 +63,7 @@ def _examine() -> dict[str, Any]:
             "data cache", "error", f"cannot be looked at: {exc}", "mend the versions above"
         )
     return {
-        "versions": environment.versions(),
+        "versions": environment.judged_versions(),
         "plugin": {key: probed[key] for key in ("registered", "error", "pieces")},
         "device": {"cpu_cores": cores, "memory_bytes": memory, "cuda": probed["cuda"]},
         "cache": None if cache is None else str(cache),

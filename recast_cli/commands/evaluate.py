@@ -60,10 +60,11 @@ def evaluate(
     """
     import torch
 
-    from recast_cli.artifacts import load_manifest, refuse_inside
+    from recast_cli.artifacts import load_manifest
     from recast_cli.console import note, print_json, progress
     from recast_cli.environment import require_threads
     from recast_cli.evaluation.evaluate import evaluate_model
+    from recast_cli.outputs import refuse_inside
 
     if threads is not None:
         require_threads(threads)
@@ -117,5 +118,10 @@ def print_evaluation(evaluation: Evaluation) -> None:
         f"{facts['num_users']} users, {facts['num_items']} items, beam {facts['beam_width']}; RL rows: "
         f"{facts['rl_rows']}; baselines learn from {facts['baselines_learn_from']}"
     )
+    if facts["num_targets_in_history"]:
+        lines.append(
+            f"{facts['num_targets_in_history']} targets stand in their user's history: with it removed, they "
+            "are out of reach"
+        )
     for line in lines:
         console().print(line)

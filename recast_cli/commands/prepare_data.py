@@ -86,9 +86,9 @@ def prepare_data(
 
         recast prepare-data synthetic --out data/synthetic --num-users 1000 --noise 0.05
     """
-    from recast_cli.artifacts import refuse_inside
     from recast_cli.console import note, print_json
     from recast_cli.data.prepare import Params, prepare
+    from recast_cli.outputs import refuse_inside
 
     sizes = {
         "num_users": num_users,

@@ -130,6 +130,17 @@ def mrr(hits_UK: Bools, sizes_U: Ints, k: int) -> Floats:
     return _defined((_top(hits_UK, k) / np.arange(1, k + 1)).max(axis=1), sizes_U)
 
 
+def hit_of_rank(rank_U: Any, k: int) -> Floats:
+    """HR@k of a single target from its 1-based rank; 0 stands for a target that is not listed. (U,)"""
+    rank_U = np.asarray(rank_U)
+    return ((rank_U >= 1) & (rank_U <= k)).astype(np.float64)
+
+
+def ndcg_of_rank(rank_U: Any, k: int) -> Floats:
+    """NDCG@k of a single target from its rank (see `hit_of_rank`): 1 / log2(rank + 1) if it is a hit. (U,)"""
+    return hit_of_rank(rank_U, k) / np.log2(np.maximum(rank_U, 1) + 1.0)
+
+
 def pass_at_k(beam_hits_UK: Bools, sizes_U: Ints, k: int) -> Floats:
     """RecIF's Pass@k = 1 if any of the first k beams (not distinct items) hits, else 0. (U,)
 

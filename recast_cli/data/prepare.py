@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from recast_cli.artifacts import atomic_dir, is_artifact, load_manifest, write_manifest
+from recast_cli.artifacts import find_existing, write_manifest
 from recast_cli.data import split
 from recast_cli.data.clean import MIN_EVENTS, Cleaned, clean, count_reasons
 from recast_cli.data.source import Source
 from recast_cli.data.tables import INTERACTIONS, ITEMS, TARGETS, WINDOWS, slices, write_parquet
-from recast_cli.errors import ArtifactError, DataError, RecipeError
+from recast_cli.errors import DataError, RecipeError
+from recast_cli.outputs import atomic_dir
 
 RL_ROWS = ("sft", "held-out")
 
@@ -76,7 +77,9 @@ def prepare(
     Raises:
         DataError, ArtifactError, EnvironmentFault: bad input, an occupied `out`, no disk or network.
     """
-    existing = _find_existing(source, params, out, overwrite)
+    existing = find_existing(
+        out, "dataset", lambda found: _difference(found, source, params), overwrite=overwrite
+    )
     if existing is not None:
         return existing, True
     cleaned = clean(source.load(), strict=params.strict, drop_bad_timestamps=params.drop_bad_timestamps)
@@ -169,39 +172,15 @@ def _write_tables(folder: Path, events: pl.DataFrame, items: pl.DataFrame, param
     return {"sft_windows": len(windows.user_W), "sft_positions": int(users.num_sft_U.sum()), **counts}
 
 
-def _find_existing(source: Source, params: Params, out: Path, overwrite: bool) -> dict[str, Any] | None:
-    """The manifest in `out` if it may be reused; None if there is nothing there or it may be replaced.
-
-    Raises:
-        ArtifactError: `out` holds something else. `overwrite` replaces datasets only, never a user's folder.
-    """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    if not is_artifact(out, "dataset"):
-        raise ArtifactError(f"{out} already exists and holds no dataset", "choose another --out")
-    if overwrite:
-        return None  # even a damaged one
-    try:
-        manifest = load_manifest(out, "dataset")
-    except ArtifactError as exc:
-        raise ArtifactError(exc.message, "pass --overwrite, or choose another --out") from exc
-    difference = _difference(manifest, source, params)
-    if difference:
-        raise ArtifactError(
-            f"{out} holds a dataset with {difference}", "choose another --out or pass --overwrite"
-        )
-    return manifest
-
-
 def _difference(manifest: dict[str, Any], source: Source, params: Params) -> str:
     """What keeps a dataset from being reused, in words; empty if nothing."""
     found = manifest.get("source", {})
     if found.get("name") != source.name:
-        return f"source {found.get('name')}, needed {source.name}"
+        return f"with source {found.get('name')}, needed {source.name}"
     if found.get("sha256") != source.sha256:
-        return f"other content of source {source.name}"
+        return f"with other content of source {source.name}"
     for key, needed in asdict(params).items():
         value = manifest.get("params", {}).get(key)
         if value != needed:
-            return f"{key} {value}, needed {needed}"
+            return f"with {key} {value}, needed {needed}"
     return ""

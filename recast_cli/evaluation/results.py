@@ -10,8 +10,8 @@ from typing import Any
 
 import polars as pl
 
-from recast_cli.artifacts import atomic_file, atomic_text
 from recast_cli.core.ranking import Interval
+from recast_cli.outputs import atomic_file, atomic_text
 
 FORMAT_VERSION = 1
 MODES = ("history_removed", "history_kept")

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from recast_cli.artifacts import atomic_text
 from recast_cli.core.cost import ModelShape
 from recast_cli.errors import EnvironmentFault
+from recast_cli.outputs import atomic_text
 from recast_cli.profiling.collect import (
     MEMORY,
     WARM_UP,

@@ -20,18 +20,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from recast_cli import __version__
-from recast_cli.artifacts import (
-    atomic_dir,
-    atomic_text,
-    identity,
-    is_artifact,
-    load_manifest,
-    refuse_inside,
-    write_manifest,
-)
+from recast_cli.artifacts import find_existing, identity, load_manifest, write_manifest
 from recast_cli.core.spelling import spell
 from recast_cli.core.trie import Trie
-from recast_cli.errors import ArtifactError, DataError, RecipeError
+from recast_cli.errors import DataError, RecipeError
+from recast_cli.outputs import atomic_dir, atomic_text, refuse_inside
 from recast_cli.tokenizer import embed, model, quantize, report
 from recast_cli.tokenizer.collisions import Resolution, resolve_collisions
 from recast_cli.tokenizer.inputs import read_interactions, read_items, training_events
@@ -128,7 +121,9 @@ def build(
     refuse_inside({"--out": out}, {"--data": data})
     base = Path(params.base_model) if params.base_model is not None else None
     refuse_inside({"--data": data, "--base-model": base}, {"--out": out})
-    existing = _find_existing(out, dataset, recorded, overwrite)
+    existing = find_existing(
+        out, "tokenizer", lambda found: _difference(found, dataset, recorded), overwrite=overwrite
+    )
     if existing is not None:
         return existing, True
     items = read_items(data, dataset)
@@ -200,32 +195,6 @@ def _recorded(params: TokenizerParams, chat_template: str) -> dict[str, Any]:
         stamp = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         recorded["base_model_stamp"] = hashlib.sha256(repr(stamp).encode()).hexdigest()
     return recorded
-
-
-def _find_existing(
-    out: Path, dataset: dict[str, Any], recorded: dict[str, Any], overwrite: bool
-) -> dict[str, Any] | None:
-    """Manifest of the tokenizer in `out` if it may be reused; None if `out` is free or may be replaced.
-
-    Raises:
-        ArtifactError: `out` holds something else. `overwrite` replaces tokenizers only, never other folders.
-    """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    if not is_artifact(out, "tokenizer"):
-        raise ArtifactError(f"{out} already exists and holds no tokenizer", "choose another --out")
-    if overwrite:
-        return None  # even a damaged one
-    try:
-        manifest = load_manifest(out, "tokenizer")
-    except ArtifactError as exc:
-        raise ArtifactError(exc.message, "pass --overwrite, or choose another --out") from exc
-    difference = _difference(manifest, dataset, recorded)
-    if difference:
-        raise ArtifactError(
-            f"{out} holds a tokenizer {difference}", "choose another --out or pass --overwrite"
-        )
-    return manifest
 
 
 def _difference(manifest: dict[str, Any], dataset: dict[str, Any], recorded: dict[str, Any]) -> str:

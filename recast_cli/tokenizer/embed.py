@@ -170,7 +170,8 @@ def join_blocks(
         spread = np.square(part_ND).sum(axis=1).mean()
         if spread < 1e-12:
             raise DataError(
-                "the embeddings of all items point the same way", "give the items texts that differ"
+                "the embeddings of all items point the same way",
+                "give the items texts that differ, or the log users with different items",
             )
         part_ND *= np.sqrt(weight / total / spread)
         parts.append(part_ND)

@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recast_cli.artifacts import atomic_text, load_manifest, weights_sha256, write_manifest
+from recast_cli.artifacts import load_manifest, weights_sha256, write_manifest
 from recast_cli.errors import ArtifactError, DataError
+from recast_cli.outputs import atomic_text
 from recast_cli.provenance import git_state, versions
 from recast_cli.recipe import Recipe, dump_recipe
 from recast_cli.training import verl_args, warm_start

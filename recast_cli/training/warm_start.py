@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from recast_cli.artifacts import atomic_dir, is_artifact, load_manifest, write_manifest
+from recast_cli.artifacts import is_artifact, load_manifest, write_manifest
 from recast_cli.errors import ArtifactError, DataError
+from recast_cli.outputs import atomic_dir
 from recast_cli.provenance import versions
 from recast_cli.recipe import Recipe
 from recast_cli.training import verl_args

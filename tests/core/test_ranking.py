@@ -274,3 +274,15 @@ def test_paired_bootstrap_is_narrower_than_two_separate_ones() -> None:
     assert separate.high - separate.low > 50 * (paired.high - paired.low)
     with pytest.raises(ValueError, match="shapes"):
         ranking.paired_bootstrap(first, second[1:], seed=0)
+
+
+def test_one_target_by_its_rank() -> None:
+    rank_U = np.array([1, 2, 10, 11, 0])  # 0: not listed
+    assert ranking.hit_of_rank(rank_U, 10).tolist() == [1, 1, 1, 0, 0]
+    expected = [1, 1 / log2(3), 1 / log2(11), 0, 0]
+    np.testing.assert_allclose(ranking.ndcg_of_rank(rank_U, 10), expected, rtol=1e-12)
+    # and as the general definition has it
+    hits_UK = rank_U[:, None] == np.arange(1, 13)
+    ones = np.ones(5, dtype=np.int64)
+    np.testing.assert_allclose(ranking.ndcg_of_rank(rank_U, 10), ranking.ndcg(hits_UK, ones, 10), rtol=1e-12)
+    np.testing.assert_allclose(ranking.hit_of_rank(rank_U, 10), ranking.hit_rate(hits_UK, ones, 10))

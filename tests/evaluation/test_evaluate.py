@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import binom
 from sealing import reseal
 
+from recast_cli.commands.evaluate import print_evaluation
 from recast_cli.core.ranking import Interval
 from recast_cli.core.trie import Trie
 from recast_cli.errors import ArtifactError, RecipeError
@@ -379,3 +380,13 @@ def test_prompts_of_other_rows_are_refused(by_hand: Folders) -> None:
     reseal(by_hand.tokenizer)
     with pytest.raises(ArtifactError, match="is not the semantic ID of item"):
         run(by_hand)
+
+
+def test_targets_out_of_reach_are_counted_below_the_tables(
+    write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repeats = {"u1": [0, 1, 2, 0, 1], "u2": [1, 2, 0, 1, 2], "u3": [0, 1, 2, 1, 3]}
+    folders = write(repeats, [(0, 0), (0, 1), (1, 0), (1, 1)], (2, 2))
+    found = evaluate_model(folders.model, folders.tokenizer, folders.data, "test", beam_width=4)
+    print_evaluation(found)
+    assert "2 targets stand in their user's history" in capsys.readouterr().out

@@ -1,0 +1,139 @@
+"""Writing results: all or nothing, and never over an input."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from recast_cli.errors import ArtifactError, EnvironmentFault, RecastError
+
+NEXT_TO_NOTHING = 1 << 16  # bytes: less than any file of ours whose write can fail short
+
+
+def _fsync_dir(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name[:32]}."  # a name may have 255 bytes: leave room for what is appended
+
+
+@contextlib.contextmanager
+def atomic_dir(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a scratch folder that becomes `target` on success and vanishes on failure.
+
+    An interrupted command leaves either the old folder or none: files are synced, then the scratch folder
+    is renamed. With `replace`, the old folder is moved aside first and removed last.
+
+    Raises:
+        ArtifactError: `target` exists and `replace` is False.
+        EnvironmentFault: the disk is full or not writable.
+    """
+    target = Path(target).resolve()  # a link to a folder stays one
+    if target.is_mount():
+        raise ArtifactError(f"{target} is a mount point, needed a folder below it", "choose another --out")
+    if target.exists() and target == Path.cwd():  # it cannot be replaced under our feet
+        raise ArtifactError(
+            f"{target} is the working directory, needed another folder", "choose another --out"
+        )
+    if not replace:
+        _refuse_content(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
+    except OSError as exc:
+        raise EnvironmentFault(
+            f"cannot write in {target.parent}: {exc.strerror}", "choose another --out"
+        ) from exc
+    try:
+        yield scratch
+        for path in scratch.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        scratch.chmod(0o755)  # mkdtemp makes it private
+        if not replace:
+            _refuse_content(target)  # what came there meanwhile, from another command or from the user
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
+            os.rename(target, old / "old")
+            os.rename(scratch, target)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(scratch, target)
+        _fsync_dir(target.parent)
+    except Exception as exc:
+        if _disk_full(exc, scratch):
+            raise EnvironmentFault(
+                f"no space left on the disk of {target.parent}", "free some space and rerun"
+            ) from exc
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _refuse_content(target: Path) -> None:
+    if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
+        raise ArtifactError(
+            f"{target} already exists and is not empty", "choose another --out or pass --overwrite"
+        )
+
+
+def refuse_inside(inner: Mapping[str, Path | None], outer: Mapping[str, Path | None]) -> None:
+    """Refuse an output inside an input, or an input inside an output that `--overwrite` would remove.
+
+    Args:
+        inner, outer: Option -> what it names; none of the former may lie inside one of the latter.
+
+    Raises:
+        ArtifactError: naming both.
+    """
+    for option, path in inner.items():
+        for other, folder in outer.items():
+            if path is not None and folder is not None and path.resolve().is_relative_to(folder.resolve()):
+                raise ArtifactError(f"{option} {path} lies inside {other} {folder}", "choose another --out")
+
+
+def _disk_full(exc: Exception, folder: Path) -> bool:
+    """Whether a failed write met a full disk.
+
+    Only some libraries say so with an errno: polars and safetensors have it in their text, while numpy, torch
+    and faiss just report a short write, which leaves next to nothing free.
+    """
+    if isinstance(exc, RecastError):
+        return False
+    if getattr(exc, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(exc):
+        return True
+    return isinstance(exc, OSError | RuntimeError) and shutil.disk_usage(folder).free < NEXT_TO_NOTHING
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield the name of a scratch file that becomes `path` on success and vanishes on failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, name = tempfile.mkstemp(prefix=_prefix(path), dir=path.parent)
+    os.close(fd)
+    scratch = Path(name)
+    try:
+        yield scratch
+        with scratch.open("rb") as handle:
+            os.fsync(handle.fileno())
+        scratch.chmod(0o644)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def atomic_text(path: Path, text: str) -> None:
+    """Write a small text file all or nothing (temporary name, fsync, rename)."""
+    with atomic_file(path) as scratch:
+        scratch.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -1,0 +1,66 @@
+"""Model folders: which of them RL can start from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from artifacts_by_hand import Write
+from typer.testing import CliRunner
+
+from recast_cli.errors import ArtifactError
+from recast_cli.main import app
+from recast_cli.models import require_start
+
+CODES = [(0, 0, 0), (0, 1, 1), (1, 0, 1)]
+LOG = {"u1": [0, 1, 2, 0, 1], "u2": [1, 2, 0, 1, 2]}
+
+
+def test_a_copy_of_the_tokenizers_model_is_a_start(write: Write, tmp_path: Path) -> None:
+    folders = write(LOG, CODES, (2, 2, 2))
+    require_start(folders.model, folders.tokenizer)
+    require_start(Path(shutil.copytree(folders.model, tmp_path / "copy")), folders.tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "message"),
+    [
+        ("tokenizer.json", None, None, "has another tokenizer than"),
+        ("tokenizer.json", "<s_a_1>", "<s_a_7>", "has another tokenizer than"),
+        ("chat_template.jinja", None, None, "has another chat template than"),
+        ("chat_template.jinja", "messages", "messages[1:]", "has another chat template than"),
+        ("config.json", None, None, "has no config.json"),
+    ],
+)
+def test_a_model_that_would_read_prompts_otherwise_is_refused(
+    write: Write, tmp_path: Path, name: str, old: str | None, new: str | None, message: str
+) -> None:
+    folders = write(LOG, CODES, (2, 2, 2))
+    model = Path(shutil.copytree(folders.model, tmp_path / "copy"))
+    if old is None or new is None:
+        (model / name).unlink()
+    else:
+        text = (model / name).read_text(encoding="utf-8")
+        assert old in text
+        (model / name).write_text(text.replace(old, new), encoding="utf-8")
+    with pytest.raises(ArtifactError, match=f"model {model} {message}"):
+        require_start(model, folders.tokenizer)
+
+
+def test_train_and_profile_refuse_it_before_anything_runs(write: Write, tmp_path: Path) -> None:
+    folders = write(LOG, CODES, (2, 2, 2))
+    recipe = tmp_path / "recipe.yaml"
+    places = {"data": folders.data, "tokenizer": folders.tokenizer, "out": tmp_path / "run"}
+    recipe.write_text(json.dumps({name: str(path) for name, path in places.items()}), encoding="utf-8")
+    absent = tmp_path / "absent"
+    for words in (
+        ["train", str(recipe), f"model={absent}"],
+        ["train", str(recipe), f"model={absent}", "--dry-run"],
+        ["profile", str(recipe), "--model", str(absent), "--out", str(tmp_path / "profile")],
+    ):
+        done = CliRunner().invoke(app, words)
+        assert isinstance(done.exception, ArtifactError), done.output
+        assert done.exception.message == f"model {absent} has no config.json"
+    assert not (tmp_path / "run").exists() and not (tmp_path / "profile").exists()
