@@ -53,22 +53,36 @@ def loss_of(
     *,
     old: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict]:
-    """verl's ppo_loss of the pair; advantages from the estimator, as verl would compute them."""
+    """verl's loss of the pair; advantages from the estimator, as verl would compute them."""
     rewards = torch.tensor([[0, 0, 1.0], [0, 0, 0]])
+    advantages, _ = recast_advantage(rewards, torch.tensor(mask))
+    return loss_of_rows(log_probs, PAIR, mask, advantages, config, old=old, global_batch_size=2)
+
+
+def loss_of_rows(
+    log_probs: torch.Tensor,
+    responses: list[list[int]],
+    mask: list[list[int]],
+    advantages: torch.Tensor,
+    config: FSDPActorConfig,
+    *,
+    global_batch_size: int,
+    old: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict]:
+    """verl's ppo_loss of some responses to the prompt, at ratio 1 unless `old` log-probs are given."""
     mask_NT = torch.tensor(mask)
-    advantages, _ = recast_advantage(rewards, mask_NT)
     if old is None:
         begin = len(PROMPT) - 1
         old = torch.stack([row.detach()[begin : begin + 3] for row in log_probs.unbind()])
     data = tu.get_tensordict(
         {
-            "prompts": nested([torch.tensor(PROMPT)] * 2),
-            "responses": nested([torch.tensor(response) for response in PAIR]),
+            "prompts": nested([torch.tensor(PROMPT)] * len(responses)),
+            "responses": nested([torch.tensor(response) for response in responses]),
             "response_mask": nested(list(mask_NT)),
             "old_log_probs": nested(list(old)),
             "advantages": nested(list(advantages)),
         },
-        {"dp_size": 1, "batch_num_tokens": int(mask_NT.sum()), "global_batch_size": 2},
+        {"dp_size": 1, "batch_num_tokens": int(mask_NT.sum()), "global_batch_size": global_batch_size},
     )
     assert isinstance(data, TensorDict)
     return ppo_loss(config, {"log_probs": log_probs}, data)
@@ -137,3 +151,35 @@ def test_loss_of_a_pair_by_hand(model: torch.nn.Module) -> None:
     # ratio e^-.4 is below 0.8: i- is clipped to 0.8, i+ pays its full ratio; mean over the two rows
     loss, _ = loss_of(log_probs, [[1, 1, 1]] * 2, actor_config("seq-mean-token-sum"), old=actor + 0.4)
     assert float(loss) == pytest.approx((3 * -math.exp(-0.4) + 3 * 0.8) / 2, abs=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean"])
+def test_the_pair_has_the_gradient_of_the_group_with_zero_advantages(
+    model: torch.nn.Module, mode: str
+) -> None:
+    """Where the loss is a mean over sequences, because verl goes on dividing by the whole group."""
+    group = [*PAIR, [5, 14, 20], [7, 13, 25]]
+    advantages = torch.tensor([1.0, -1, 0, 0])[:, None].expand(4, 3)
+
+    def found(number: int, global_batch_size: int) -> torch.Tensor:
+        rows, ones = group[:number], [[1, 1, 1]] * number
+        log_probs = token_log_probs(model, rows)
+        loss, _ = loss_of_rows(
+            log_probs,
+            rows,
+            ones,
+            advantages[:number],
+            actor_config(mode),
+            global_batch_size=global_batch_size,
+        )
+        return gradient(model, loss)
+
+    whole, pair = found(4, 4), found(2, 4)
+    assert whole.norm() > 1e-3
+    # a mean over tokens divides by those that are kept: half as many
+    factor = 2 if mode == "token-mean" else 1
+    assert torch.allclose(pair, factor * whole, rtol=0, atol=1e-6)  # the norms work in float32
+    if mode.startswith("seq-mean"):
+        assert torch.allclose(
+            found(2, 2), 2 * whole, rtol=0, atol=1e-6
+        )  # dividing by the pair would double it

@@ -147,6 +147,28 @@ def test_each_pair_stays_in_the_mini_batch_of_its_prompt(tokenizer: Any) -> None
     assert padding == [False, False, True, True, False, False, False, False]
 
 
+def test_losses_divide_by_the_whole_group_and_mini_batches_hold_the_pairs(tokenizer: Any) -> None:
+    batch = put(tokenizer, [EMPTY, HIT, ALL_HIT], "update")
+    hook = trainer(tokenizer, 3)
+    actor = {"calculate_entropy": False, "entropy_coeff": 0.0, "ppo_epochs": 1, "data_loader_seed": 7}
+    OmegaConf.update(hook.config, "actor_rollout_ref.actor", actor)
+    OmegaConf.update(hook.config, "actor_rollout_ref.rollout", {"n": 3, "temperature": 1.0})
+    sent = []
+
+    class Workers:
+        def update_actor(self, batch: KVBatchMeta) -> dict[str, Any]:
+            sent.append(batch)
+            return {"metrics": {"mfu": [0.5], "pg_loss": [1.0, 2.0]}}
+
+    hook.actor_rollout_wg = Workers()
+    metrics: dict[str, Any] = {}
+    hook._update_actor(hook._balance_batch(batch, metrics), metrics)
+    (batch,) = sent
+    assert batch.extra_info["global_batch_size"] == 3 * 3  # prompts x rollouts, whatever was kept
+    assert batch.extra_info["mini_batch_size"] == 3 * 2 == len(batch.keys)
+    assert metrics["actor/pg_loss"] == 1.5 and metrics["perf/mfu/actor"] == 0.5
+
+
 def test_without_any_signal_one_pair_goes_on_and_is_not_counted(tokenizer: Any) -> None:
     batch, metrics = put(tokenizer, [ALL_HIT], "no-signal"), {}
     hook = trainer(tokenizer, 1)
