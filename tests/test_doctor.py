@@ -13,7 +13,7 @@ import pytest
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from recast_cli import environment
+from recast_cli import environment, host
 from recast_cli.environment import GIB, Finding
 from recast_cli.probe import probe_plugin
 
@@ -124,14 +124,14 @@ def test_gpus_are_named() -> None:
 
 
 def test_cores_and_memory_are_those_of_this_process() -> None:
-    assert environment.cpu_count() == len(os.sched_getaffinity(0))
-    memory = environment.memory_bytes()
+    assert host.cpu_count() == len(os.sched_getaffinity(0))
+    memory = host.memory_bytes()
     assert memory is not None and GIB // 4 < memory < 1 << 50
 
 
 def test_the_disk_of_a_folder_that_does_not_exist_yet(tmp_path: Path) -> None:
     later = tmp_path / "a" / "b"
-    assert environment.nearest_parent(later) == tmp_path
+    assert host.nearest_parent(later) == tmp_path
     assert environment.check_disk("disk", later, 1, "free some").status == "ok"
     full = environment.check_disk("disk", later, 1 << 60, "free some")
     assert (full.status, full.action) == ("warning", "free some")
@@ -233,7 +233,7 @@ def test_doctor_finds_the_plugin_registered() -> None:
     assert report["plugin"]["registered"] is True
     assert set(report["plugin"]["pieces"]) == PIECES
     assert report["versions"]["verl"] == "0.9.1"
-    assert report["device"]["cpu_cores"] == environment.cpu_count()
+    assert report["device"]["cpu_cores"] == host.cpu_count()
     errors = [finding for finding in report["findings"] if finding["status"] == "error"]
     assert errors == []
     assert done.returncode == 0, done.stderr

@@ -109,8 +109,8 @@ def run_lanes(lanes: list[Lane], prepare: Callable[[Command], Command | None]) -
     from concurrent.futures import ThreadPoolExecutor, as_completed
     from typing import IO
 
-    from recast_cli.environment import cpu_count
     from recast_cli.errors import EnvironmentFault
+    from recast_cli.host import cpu_count
 
     pipe = subprocess.PIPE if len(lanes) > 1 else None
     running: list[subprocess.Popen[str]] = []

@@ -48,10 +48,10 @@ def _examine() -> dict[str, Any]:
     import os
     from pathlib import Path
 
-    from recast_cli import environment
+    from recast_cli import environment, host
     from recast_cli.probe import probe_plugin
 
-    cores, memory, probed = environment.cpu_count(), environment.memory_bytes(), probe_plugin()
+    cores, memory, probed = host.cpu_count(), host.memory_bytes(), probe_plugin()
     try:
         from recast_cli.data import movielens
 

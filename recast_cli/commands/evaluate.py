@@ -62,8 +62,8 @@ def evaluate(
 
     from recast_cli.artifacts import load_manifest
     from recast_cli.console import note, print_json, progress
-    from recast_cli.environment import require_threads
     from recast_cli.evaluation.evaluate import evaluate_model
+    from recast_cli.host import require_threads
     from recast_cli.outputs import refuse_inside
 
     if threads is not None:

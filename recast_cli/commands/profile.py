@@ -58,7 +58,7 @@ def profile(
     from recast_cli.profiling.plot import plot
     from recast_cli.provenance import versions
     from recast_cli.recipe import load_recipe
-    from recast_cli.training import verl_args
+    from recast_cli.training import placement
     from recast_cli.training.inputs import Inputs
     from recast_cli.training.run import draw_rows
 
@@ -67,8 +67,8 @@ def profile(
     inputs = Inputs.load(settings)
     start = model or _start_model(settings, inputs)
     require_start(start, inputs.tokenizer)
-    verl_args.require_cores(settings)
-    device, threads = verl_args.resolve_device(settings), verl_args.num_threads(settings)
+    placement.require_cores(settings)
+    device, threads = placement.resolve_device(settings), placement.num_threads(settings)
     rows = draw_rows(inputs.tokenizer / "verl" / "rl.parquet", settings.rl.prompts_per_step, settings.seed)
     if (out / "jobs").exists() and not (out / "jobs" / MARKER).exists():
         raise ArtifactError(f"{out / 'jobs'} is no folder of a profile", "choose another --out")
@@ -133,7 +133,7 @@ def _start_model(settings: Recipe, inputs: Inputs) -> Path:
 
 def _record(settings: Recipe, inputs: Inputs, model: Path, rows: Any, folder: Path) -> Any:
     from recast_cli.profiling.record import record
-    from recast_cli.training.verl_args import resolve_device
+    from recast_cli.training.placement import resolve_device
 
     return record(
         model,
@@ -153,7 +153,7 @@ def _launcher(settings: Recipe, inputs: Inputs, model: Path, rows: Any, steps: i
     import pyarrow.parquet as pq
 
     from recast_cli.profiling.profile import MANAGER, Job, num_steps
-    from recast_cli.training import verl_args
+    from recast_cli.training import placement, verl_args
     from recast_cli.training.process import run_verl
 
     def launch(job: Job) -> list[dict[str, Any]]:
@@ -182,7 +182,7 @@ def _launcher(settings: Recipe, inputs: Inputs, model: Path, rows: Any, steps: i
         return run_verl(
             verl_args.RL_MODULE,
             arguments,
-            environment={**verl_args.environment(settings, metrics), **job.environment},
+            environment={**placement.environment(settings, metrics), **job.environment},
             cwd=job.folder,
             log=job.folder / "verl.log",
             metrics=metrics,

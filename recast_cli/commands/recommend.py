@@ -41,8 +41,8 @@ def recommend(
 
     from recast_cli.console import note, print_json, print_table
     from recast_cli.data.prompts import build_messages
-    from recast_cli.environment import require_threads
     from recast_cli.evaluation.recommend import recommend as recommend_items
+    from recast_cli.host import require_threads
 
     if threads is not None:
         require_threads(threads)

@@ -40,7 +40,7 @@ def train(
     from recast_cli.console import note, print_json
     from recast_cli.models import require_start
     from recast_cli.recipe import load_recipe
-    from recast_cli.training import run, verl_args, warm_start
+    from recast_cli.training import placement, run, warm_start
     from recast_cli.training.inputs import Inputs
 
     settings = load_recipe(recipe, overrides or [])
@@ -49,7 +49,7 @@ def train(
         inputs.require_rl_rows()
     if settings.model:
         require_start(Path(settings.model), inputs.tokenizer)
-    verl_args.require_cores(settings)
+    placement.require_cores(settings)
     if dry_run:
         _show(settings, inputs, json_output=json_output)
         return
@@ -91,15 +91,15 @@ def _warm_up(settings: Recipe, inputs: Inputs, *, overwrite: bool) -> None:
     """Make the warm start and show how each epoch validates."""
     from recast_cli.console import print_table, progress
     from recast_cli.evaluation.evaluate import evaluate_model
-    from recast_cli.training import verl_args, warm_start
+    from recast_cli.training import placement, warm_start
 
     rows: list[list[Any]] = []
 
     def score(model: Path) -> dict[str, float]:
         import torch
 
-        torch.set_num_threads(verl_args.num_threads(settings))
-        device = verl_args.resolve_device(settings)
+        torch.set_num_threads(placement.num_threads(settings))
+        device = placement.resolve_device(settings)
         return evaluate_model(
             model, inputs.tokenizer, inputs.data, "validation", modes=("history_removed",), device=device
         ).means()
@@ -133,7 +133,7 @@ def _show(settings: Recipe, inputs: Inputs, *, json_output: bool) -> None:
 
     from recast_cli.console import note, print_json
     from recast_cli.recipe import dump_recipe
-    from recast_cli.training import run, verl_args, warm_start
+    from recast_cli.training import placement, run, warm_start
 
     out, start = Path(settings.out), warm_start.folder_of(settings)
     jobs = {}
@@ -145,7 +145,7 @@ def _show(settings: Recipe, inputs: Inputs, *, json_output: bool) -> None:
         jobs[settings.method.name] = run.job(settings, inputs, model, out)
     commands = {name: ["python", "-m", *module, *arguments] for name, (module, arguments) in jobs.items()}
     environments = {
-        name: verl_args.environment(
+        name: placement.environment(
             settings, ((start if name == "warm start" else out) / "metrics.jsonl").resolve()
         )
         for name in jobs

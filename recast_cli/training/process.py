@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recast_cli.environment import nearest_parent
 from recast_cli.errors import EnvironmentFault
+from recast_cli.host import nearest_parent
 from recast_cli.probe import probe_plugin
 
 OnStep = Callable[[dict[str, Any]], None]

@@ -17,7 +17,7 @@ from recast_cli.errors import ArtifactError, DataError
 from recast_cli.outputs import atomic_text
 from recast_cli.provenance import git_state, versions
 from recast_cli.recipe import Recipe, dump_recipe
-from recast_cli.training import verl_args, warm_start
+from recast_cli.training import placement, verl_args, warm_start
 from recast_cli.training.inputs import Inputs
 from recast_cli.training.process import OnStep, hf_checkpoints, read_metrics, require_space, run_verl
 
@@ -239,7 +239,7 @@ def train(
         run_verl(
             module,
             arguments,
-            environment=verl_args.environment(recipe, metrics),
+            environment=placement.environment(recipe, metrics),
             cwd=out,
             log=log,
             metrics=metrics,

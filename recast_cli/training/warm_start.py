@@ -21,7 +21,7 @@ from recast_cli.errors import ArtifactError, DataError
 from recast_cli.outputs import atomic_dir
 from recast_cli.provenance import versions
 from recast_cli.recipe import Recipe
-from recast_cli.training import verl_args
+from recast_cli.training import placement, verl_args
 from recast_cli.training.inputs import Inputs
 from recast_cli.training.process import OnStep, hf_checkpoints, require_space, run_verl
 
@@ -145,7 +145,7 @@ def train(
         # verl shuffles every epoch, by a seed that is always 0: the rows' own order makes ours count.
         pq.write_table(shuffled(pq.read_table(inputs.sft_rows), recipe.seed), work / "rows.parquet")
         metrics = scratch / "metrics.jsonl"
-        environment = verl_args.environment(recipe, metrics)
+        environment = placement.environment(recipe, metrics)
         run_verl(
             module, arguments, environment=environment, cwd=work, log=log, metrics=metrics, on_step=on_step
         )

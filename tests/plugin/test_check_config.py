@@ -9,7 +9,7 @@ import verl
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from verl_recast.trainer import check_config
+from verl_recast.check_config import check_config
 
 GOOD = (
     "algorithm.adv_estimator=recast",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from recast_cli.errors import RecipeError
 from recast_cli.recipe import Recipe, load_recipe
 from recast_cli.training import run, verl_args
 from recast_cli.training.inputs import Inputs
@@ -128,8 +125,8 @@ def test_verl_accepts_every_recipe(path: Path, device: str, folders, tmp_path: P
 
 
 def test_recast_recipe_is_accepted_by_its_trainer(make_recipe) -> None:
+    from verl_recast.check_config import check_config
     from verl_recast.settings import RecastSettings
-    from verl_recast.trainer import check_config
 
     recipe = make_recipe(method={"name": "recast", "w_negative": 0.25}, seed=7)
     config = composed("verl.trainer.main_ppo", rl(recipe))
@@ -211,9 +208,6 @@ def test_warm_start_saves_every_epoch_and_control_has_the_schedule_of_rl(make_re
     assert control.data.max_length == 25 and control.data.truncation == "error"
 
 
-# -- environment -----------------------------------------------------------------------------------------
-
-
 def test_the_control_makes_as_many_updates_as_rl_at_the_same_rates(make_recipe, inputs: Inputs) -> None:
     rl = {"steps": 5, "prompts_per_step": 12, "mini_batch_prompts": 4, "warmup_steps": 2}
     recipe = make_recipe(rl=rl, method={"name": "sft-continued"})
@@ -224,41 +218,3 @@ def test_the_control_makes_as_many_updates_as_rl_at_the_same_rates(make_recipe, 
     assert config.trainer.total_training_steps == run.num_records(recipe) == 15
     assert config.optim.lr_warmup_steps == 2 * 3
     assert run.num_records(make_recipe(rl=rl)) == 5
-
-
-def test_more_threads_than_the_cores_can_bear_are_refused(make_recipe) -> None:
-    verl_args.require_cores(make_recipe(threads=1))
-    verl_args.require_cores(make_recipe())
-    with pytest.raises(RecipeError, match=r"threads is 1000, needed 1 to \d+ on \d+ cores"):
-        verl_args.require_cores(make_recipe(threads=1000))
-    verl_args.require_cores(make_recipe(threads=1000, device="cuda"))
-
-
-def test_environment_of_the_cpu(make_recipe) -> None:
-    found = verl_args.environment(make_recipe(threads=3), Path("/x/metrics.jsonl"))
-    assert found["VERL_PLATFORM"] == "cpu"
-    assert found["VERL_FILE_LOGGER_PATH"] == "/x/metrics.jsonl"
-    assert found["OMP_NUM_THREADS"] == found["RECAST_THREADS"] == "3"
-    assert found["HF_HUB_OFFLINE"] == "1"
-    assert all(isinstance(value, str) for value in found.values())
-    every = verl_args.environment(make_recipe(), Path("m"))
-    assert every["OMP_NUM_THREADS"] == str(len(os.sched_getaffinity(0)))
-
-
-def test_environment_of_a_gpu_leaves_platform_and_threads_alone(make_recipe) -> None:
-    found = verl_args.environment(make_recipe(device="cuda"), Path("m"))
-    assert not {"VERL_PLATFORM", "OMP_NUM_THREADS", "RECAST_THREADS"} & found.keys()
-
-
-def test_device_auto_looks_for_a_driver(make_recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = make_recipe(device="auto")
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert verl_args.resolve_device(recipe) == "cpu"
-    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
-    assert verl_args.resolve_device(recipe) == "cuda"
-    assert verl_args.resolve_device(make_recipe(device="cpu")) == "cpu"
-
-
-def test_the_cpu_runs_one_worker(make_recipe) -> None:
-    with pytest.raises(RecipeError, match="num_gpus is 2, needed 1: device cpu is the CPU"):
-        rl(make_recipe(num_gpus=2))
