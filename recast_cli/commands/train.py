@@ -115,7 +115,7 @@ def _warm_up(settings: Recipe, inputs: Inputs, *, overwrite: bool) -> None:
             on_epoch=lambda number, found: rows.append([number, found["ndcg@10"], found["hr@10"]]),
         )
     best = manifest["best_epoch"]
-    title = f"Warm start, validation (best epoch: {best}; RL rows: {inputs.rl_rows})"
+    title = f"Warm start, validation, history removed (best epoch: {best}; RL rows: {inputs.rl_rows})"
     print_table(title, ["epoch", "ndcg@10", "hr@10"], rows)
 
 
