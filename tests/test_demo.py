@@ -10,7 +10,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from recast_cli.commands.demo import COLUMNS, run_lanes, table_rows
+from recast_cli.commands.demo import COLUMNS, CUT, run_lanes, table_rows
 from recast_cli.demo import ARMS, Layout, commands, is_current, peak_memory, summarise
 from recast_cli.errors import EnvironmentFault
 from recast_cli.recipe import load_recipe
@@ -164,7 +164,7 @@ def test_one_table_holds_metrics_signal_and_cost(layout):
 
 def test_commands_walk_the_data_flow_and_their_recipes_load(tmp_path):
     layout = Layout(data=tmp_path / "data", run=tmp_path / "run", recipes=RECIPES)
-    batches = commands(layout, ["rl.steps=2"], ["--steps", "1"])
+    batches = commands(layout, [*CUT, "rl.steps=2"], ["--steps", "1"])
     assert [[[step[0] for step in lane] for lane in batch] for batch in batches[:2]] == [
         [["prepare-data"]],
         [["build-tokenizer"]],
