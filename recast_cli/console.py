@@ -91,7 +91,9 @@ def print_table(
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title) if title else None, title_justify="left", box=None, pad_edge=False)
+    if title:  # a line of its own: Rich would break a table's title at the table's width
+        console().print(Text(title, style="italic"), soft_wrap=True)
+    table = Table(box=None, pad_edge=False)
     for place, name in enumerate(columns):
         table.add_column(name, justify="right" if numeric and place > 0 else "left", overflow="fold")
     for row in rows:
