@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+import recast_cli.main  # noqa: F401  its OpenMP policy, which torch reads when it is imported
 from recast_cli.core.ranking import ndcg_of_rank, paired_bootstrap
 from recast_cli.data import synthetic
 from recast_cli.data.prepare import Params, prepare

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -307,3 +308,17 @@ def test_integer_options_have_bounds(command: str, option: str, value: str) -> N
     done = recast(command, *needed, option, value)
     assert done.returncode == 2 and "Invalid value for" in done.stderr and "than or equal to" in done.stderr
     assert f"see `recast {command} --help`" in done.stderr
+
+
+EXAMPLES = ("prepare-data", "build-tokenizer", "train", "evaluate", "recommend", "profile")
+
+
+@pytest.mark.parametrize("command", EXAMPLES)
+def test_examples_can_be_pasted(command: str) -> None:
+    """Each is whole: click would fill its lines like prose, and put words behind a backslash."""
+    shown = recast(command, "--help").stdout
+    text = shown.split("Examples:")[1].split("Options:")[0].split("Arguments:")[0]
+    examples = [shlex.split(part) for part in text.replace("\\\n", " ").strip().split("\n\n")]
+    assert examples and all(words[:2] == ["recast", command] for words in examples)
+    known = set(re.findall(r"--?[\w-]+", shown.split("Options:")[1]))
+    assert {word for words in examples for word in words if word.startswith("-")} <= known

@@ -53,11 +53,14 @@ def build_tokenizer(
 
     Examples:
 
+        \b
         recast build-tokenizer --data data/ml-100k --out runs/tokenizer
 
+        \b
         recast build-tokenizer --data data/books --out runs/tokenizer --codebook-size 256,256,128 \\
             --embeddings text
 
+        \b
         recast build-tokenizer --data data/ml-100k --out runs/tokenizer --base-model models/Qwen3-0.6B
     """
     from recast_cli.artifacts import load_manifest

@@ -18,8 +18,10 @@ def doctor(
 
     Examples:
 
+        \b
         recast doctor
 
+        \b
         recast doctor --json > doctor.json
     """
     from recast_cli import __version__, console, environment

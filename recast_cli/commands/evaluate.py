@@ -51,11 +51,14 @@ def evaluate(
 
     Examples:
 
+        \b
         recast evaluate --data data/ml-100k --tokenizer data/ml-100k-tokenizer --model runs/demo/recast/model
 
+        \b
         recast evaluate --data data/ml-100k --tokenizer data/ml-100k-tokenizer \\
             --model runs/demo/recast/model --split test --out runs/evaluation
 
+        \b
         recast evaluate --data data/ml-100k --tokenizer data/ml-100k-tokenizer --max-users 100 --json
     """
     import torch

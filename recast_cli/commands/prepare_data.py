@@ -77,13 +77,17 @@ def prepare_data(
 
     Examples:
 
+        \b
         recast prepare-data ml-100k --out data/ml-100k
 
+        \b
         recast prepare-data ml-100k --out data/ml-100k-held-out --rl-rows held-out
 
+        \b
         recast prepare-data --interactions log.csv.gz --items catalogue.jsonl --out data/shop \\
             --columns user_id=userId,item_id=sku,timestamp=ts --k-core 5
 
+        \b
         recast prepare-data synthetic --out data/synthetic --num-users 1000 --noise 0.05
     """
     from recast_cli.console import note, print_json

@@ -42,10 +42,13 @@ def profile(
 
     Examples:
 
+        \b
         recast profile recipes/ml-100k/recast.yaml
 
+        \b
         recast profile recipes/ml-100k/recast.yaml --prompts 16 --group-size 32 --repeats 3 --out runs/cost
 
+        \b
         recast profile recipes/ml-100k/recast.yaml rl.max_tokens_per_micro_batch=2048 --json
     """
     import json

@@ -29,9 +29,11 @@ def recommend(
 
     Examples:
 
+        \b
         recast recommend --user 7 --data data/ml-100k --tokenizer data/ml-100k-tokenizer \\
             --model runs/demo/recast/model
 
+        \b
         recast recommend 50 172 181 -k 5 --data data/ml-100k --tokenizer data/ml-100k-tokenizer \\
             --model runs/demo/recast/model
     """
