@@ -66,8 +66,9 @@ def readme_lines(tokenizer_folder: Path) -> list[str]:
     """The overrides of both code blocks in the README's section on existing setups, as a shell reads them."""
     text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     section = text.split("## In an existing verl setup")[1].split("\n## ")[0]
-    blocks = [block for block in section.split("```bash\n")[1:] if "pip install" not in block]
-    lines = [line for block in blocks for line in shlex.split(block.split("```")[0].replace("\\\n", " "))]
+    blocks = [part.split("```")[0] for part in section.split("```bash\n")[1:]]
+    blocks = [block for block in blocks if not block.startswith("pip install")]
+    lines = [line for block in blocks for line in shlex.split(block.replace("\\\n", " "))]
     return [line.replace("$PWD/data/mine-tokenizer", str(tokenizer_folder)) for line in lines]
 
 
