@@ -91,7 +91,8 @@ def find_existing(
 
     Args:
         difference: Manifest -> what keeps it from being reused ("with seed 1, needed 2"); empty if nothing.
-        overwrite: Replace an artifact of this kind, even a damaged one; never another folder.
+        overwrite: Replace an artifact of this kind, even a damaged one; never another folder, and never files
+            that are no part of it.
 
     Raises:
         ArtifactError: `out` holds something else.
@@ -101,6 +102,7 @@ def find_existing(
     if not is_artifact(out, kind):
         raise ArtifactError(f"{out} already exists and holds no {kind}", "choose another --out")
     if overwrite:
+        _refuse_foreign(out, kind)
         return None
     try:
         manifest = load_manifest(out, kind)
@@ -109,6 +111,21 @@ def find_existing(
     if found := difference(manifest):
         raise ArtifactError(f"{out} holds a {kind} {found}", "choose another --out or pass --overwrite")
     return manifest
+
+
+def _refuse_foreign(out: Path, kind: str) -> None:
+    """Raises ArtifactError for a file in an artifact's folder that its manifest does not list."""
+    try:
+        ours = {MANIFEST, *json.loads((out / MANIFEST).read_text(encoding="utf-8"))["files"]}
+    except (ValueError, KeyError, TypeError):
+        return  # damaged beyond telling
+    for path in sorted(path for path in out.rglob("*") if not path.is_dir()):
+        name = path.relative_to(out).as_posix()
+        if name not in ours:
+            raise ArtifactError(
+                f"{out} holds {name}, which is no part of the {kind}: --overwrite would remove it",
+                "move it away, or choose another --out",
+            )
 
 
 def is_artifact(folder: Path, kind: str) -> bool:

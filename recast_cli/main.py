@@ -25,6 +25,8 @@ from recast_cli.errors import RecastError
 # OpenMP threads that spin while they wait starve whatever else runs on the machine: two torch processes on
 # two cores become some fifty times slower. Read when torch is imported, and inherited by verl's processes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Plots go to files: a notebook's own backend, which its terminal inherits, would not even be found here.
+os.environ["MPLBACKEND"] = "Agg"
 
 # In the order of the data flow, which is the order of `recast --help`. Module and function share the name.
 COMMANDS = {
@@ -121,7 +123,7 @@ def _one_line(text: str) -> str:
 def _in_words(exc: BaseException) -> tuple[str, str] | None:
     """Message and hint for an exception that the user can act on; None for a bug of ours."""
     if isinstance(exc, RecastError):
-        return exc.message, exc.hint
+        return _one_line(exc.message), _one_line(exc.hint)
     if hasattr(exc, "format_message"):  # Typer's usage errors; newer versions bring their own copy of click
         ctx = getattr(exc, "ctx", None)
         return _one_line(exc.format_message()), f"see `{ctx.command_path if ctx else 'recast'} --help`"

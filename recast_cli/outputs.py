@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from recast_cli.errors import ArtifactError, EnvironmentFault, RecastError
 
@@ -86,6 +89,33 @@ def _refuse_content(target: Path) -> None:
         raise ArtifactError(
             f"{target} already exists and is not empty", "choose another --out or pass --overwrite"
         )
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """One process of this machine at a time writes `folder`.
+
+    Args:
+        on_wait: Called once if another process is at it, which is then waited for; None refuses instead.
+
+    Raises:
+        ArtifactError: another process is at it.
+    """
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    lock = FileLock(Path(tempfile.gettempdir()) / f"recast-{os.getuid()}-{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if on_wait is None:
+            raise ArtifactError(
+                f"another process is writing {folder}", "wait for it, or choose another folder"
+            ) from None
+        on_wait()
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def refuse_inside(inner: Mapping[str, Path | None], outer: Mapping[str, Path | None]) -> None:

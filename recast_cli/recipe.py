@@ -36,6 +36,7 @@ OWN_OPTIONS = {
     "ray_init.num_cpus": "ray_cpus",
     "trainer.n_gpus_per_node": "num_gpus",
     "trainer.device": "device",
+    "trainer.default_local_dir": "out",
 }
 
 _COMMENT = re.compile(r"\s#")
@@ -146,10 +147,12 @@ class Recipe(Section):
     def _fits_together(self) -> Recipe:
         if self.method.name == "sft" and self.model:
             raise ValueError(f"method sft is the warm start alone, and model names a start: {self.model}")
-        for key, value in _flat(self.verl):
+        for key, value in (*_flat(self.verl, "verl."), *_flat(self.verl_sft, "verl_sft.")):
             for name, instead in OWN_OPTIONS.items():
                 if key.endswith(name):
-                    raise ValueError(f"verl.{key} is {value}: set {instead} instead, which is checked")
+                    raise ValueError(f"{key} is {value}: set {instead} instead, which is checked")
+            if key.endswith("trainer.logger") and "file" not in str(value):
+                raise ValueError(f"{key} is {value}, needed file in it: recast reads the steps from there")
         return self
 
     @model_validator(mode="after")
@@ -265,6 +268,8 @@ def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
                 problems.append(f"{field}: unknown key")
             elif error["type"] == "missing":
                 problems.append(f"{field}: missing")
+            elif error["type"] == "value_error":  # a check of ours, of a section as a whole
+                problems.append(f"{field}: {error['msg'].removeprefix('Value error, ')}")
             else:
                 problems.append(
                     f"{field}: found {error['input']!r}, {error['msg'][0].lower()}{error['msg'][1:]}"

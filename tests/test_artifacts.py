@@ -127,3 +127,17 @@ def test_errors_are_also_the_standard_ones() -> None:
         with contextlib.suppress(ValueError):
             raise kind("what", "what to do")
     assert issubclass(EnvironmentFault, RuntimeError)
+
+
+def test_overwrite_takes_no_file_that_is_no_part_of_the_artifact(tmp_path: Path) -> None:
+    dataset(tmp_path / "data")
+
+    def find(overwrite: bool) -> dict[str, Any] | None:
+        return artifacts.find_existing(tmp_path / "data", "dataset", lambda _: "", overwrite=overwrite)
+
+    assert find(False) is not None and find(True) is None
+    (tmp_path / "data" / "runs").mkdir()
+    (tmp_path / "data" / "runs" / "notes.txt").write_text("mine")
+    assert find(False) is not None
+    with pytest.raises(ArtifactError, match=r"holds runs/notes\.txt, which is no part of the dataset"):
+        find(True)

@@ -298,3 +298,16 @@ def test_a_link_to_a_folder_stays_one(tmp_path: Path) -> None:
     with outputs.atomic_dir(tmp_path / "out") as scratch:
         (scratch / "file").touch()
     assert (tmp_path / "out").is_symlink() and (tmp_path / "disk" / "file").exists()
+
+
+def test_a_second_writer_of_a_folder_is_refused(tmp_path: Path) -> None:
+    with outputs.exclusive(tmp_path / "out"):
+        with outputs.exclusive(tmp_path / "other"):
+            pass
+        with (
+            pytest.raises(ArtifactError, match="another process is writing"),
+            outputs.exclusive(tmp_path / "out"),
+        ):
+            pass
+    with outputs.exclusive(tmp_path / "out"):
+        pass

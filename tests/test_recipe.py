@@ -292,3 +292,14 @@ def test_what_would_be_ignored_or_hang_is_refused(write) -> None:
 def test_yaml_that_would_lose_a_section_or_break_the_reader_is_an_error(write, text: str) -> None:
     with pytest.raises(RecipeError, match=r"cannot be read|seed: found"):
         load_recipe(write(MINIMAL + text))
+
+
+def test_a_check_of_ours_prints_its_own_words_and_not_the_whole_recipe(write) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(MINIMAL), ["verl.trainer.logger=[console]"])
+    message = caught.value.message
+    assert "verl.trainer.logger is ['console'], needed file in it" in message
+    assert "found" not in message and len(message) < 200
+    load_recipe(write(MINIMAL), ["verl.trainer.logger=[console, file, wandb]"])
+    with pytest.raises(RecipeError, match=r"verl_sft\.trainer\.default_local_dir is /x: set out instead"):
+        load_recipe(write(MINIMAL), ["verl_sft.trainer.default_local_dir=/x"])

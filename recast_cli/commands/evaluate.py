@@ -66,6 +66,7 @@ def evaluate(
     from recast_cli.artifacts import load_manifest
     from recast_cli.console import note, print_json, progress
     from recast_cli.evaluation.evaluate import evaluate_model
+    from recast_cli.evaluation.results import require_place
     from recast_cli.host import require_threads
     from recast_cli.outputs import refuse_inside
 
@@ -73,6 +74,8 @@ def evaluate(
         require_threads(threads)
         torch.set_num_threads(threads)
     refuse_inside({"--out": out}, {"--data": data, "--tokenizer": tokenizer, "--model": model})
+    if out is not None:
+        require_place(out)  # before minutes of ranking
     num_users = min(load_manifest(data, "dataset")["num_users"], max_users or 1 << 62)
     with progress(f"ranking for users of {split}", num_users) as advance:
         evaluation = evaluate_model(

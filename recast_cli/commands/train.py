@@ -42,6 +42,7 @@ def train(
     from recast_cli.artifacts import load_manifest
     from recast_cli.console import note, print_json
     from recast_cli.models import require_start
+    from recast_cli.outputs import exclusive, refuse_inside
     from recast_cli.recipe import load_recipe
     from recast_cli.training import placement, run, warm_start
     from recast_cli.training.inputs import Inputs
@@ -53,20 +54,25 @@ def train(
     if settings.model:
         require_start(Path(settings.model), inputs.tokenizer)
     placement.require_cores(settings)
+    out = Path(settings.out)
+    places = {"out=": out, "warm_start.out=": warm_start.folder_of(settings)}
+    # A later --overwrite of a parent would take the run with it.
+    refuse_inside(places, {"data=": inputs.data, "tokenizer=": inputs.tokenizer})
     if dry_run:
         _show(settings, inputs, json_output=json_output)
         return
-    out = Path(settings.out)
+    placement.require_gpu(settings)
     run.require_room(settings)  # before a warm start of minutes
     is_warm_start = settings.method.name == "sft"
     model = _start_model(settings, inputs, overwrite=overwrite and is_warm_start)
     if is_warm_start:
         manifest = load_manifest(warm_start.folder_of(settings), "warm-start")
     else:
-        found = None if overwrite else run.find(settings, inputs, model)
-        if found is not None:
-            note(f"reusing the finished run in {out}")
-        manifest = found or _run(settings, inputs, model, overwrite=overwrite)
+        with exclusive(out):
+            found = None if overwrite else run.find(settings, inputs, model)
+            if found is not None:
+                note(f"reusing the finished run in {out}")
+            manifest = found or _run(settings, inputs, model, overwrite=overwrite)
         model = out / "model"
     if json_output:
         print_json(manifest)
@@ -77,12 +83,13 @@ def train(
 def _start_model(settings: Recipe, inputs: Inputs, *, overwrite: bool) -> Path:
     """Folder of the model that RL starts from: named by the recipe, or the warm start, made if need be."""
     from recast_cli.console import note
+    from recast_cli.outputs import exclusive
     from recast_cli.training import warm_start
 
     if settings.model:
         return Path(settings.model)
     folder = warm_start.folder_of(settings)
-    with warm_start.exclusive(settings, lambda: note(f"waiting for another process to make {folder}")):
+    with exclusive(folder, lambda: note(f"waiting for another process to make {folder}")):
         if not overwrite and warm_start.find(settings, inputs) is not None:
             note(f"reusing the warm start in {folder}")
         else:

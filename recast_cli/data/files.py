@@ -155,10 +155,11 @@ def parse_columns(text: str | None, text_columns: str | None = None) -> ColumnMa
 def clean_ids(column: pl.Series, path: str) -> pl.Series:
     """Ids as text, null where missing or blank.
 
-    A float column (pandas makes one of integers with gaps) gives "1", not "1.0", if all are whole.
+    A float column (pandas makes one of integers with gaps) gives "1", not "1.0".
 
     Raises:
-        DataError: the column holds neither text nor numbers.
+        DataError: the column holds neither text nor numbers, or floats that are not whole or too large to be
+            told from their neighbours.
     """
     if column.dtype.is_nested() or column.dtype in (pl.Object, pl.Binary):
         raise DataError(
@@ -167,9 +168,14 @@ def clean_ids(column: pl.Series, path: str) -> pl.Series:
         )
     if column.dtype.is_float():
         column = column.fill_nan(None)
-        whole = column.drop_nulls()
-        if bool((whole == whole.round()).all()) and bool((whole.abs() < 2**53).all()):
-            column = column.cast(pl.Int64)
+        found = column.drop_nulls()
+        bad = found.filter(~((found == found.round()) & (found.abs() < 2**53)).fill_null(False))
+        if len(bad):
+            raise DataError(
+                f"{path} column {column.name!r} holds the id {bad[0]!r}, needed whole numbers below 2^53",
+                "write ids as integers or text",
+            )
+        column = column.cast(pl.Int64)
     return _null_if_empty(column.cast(pl.String).str.strip_chars())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import polars as pl
 
 from recast_cli.core.ranking import Interval
-from recast_cli.outputs import atomic_file, atomic_text
+from recast_cli.errors import ArtifactError
+from recast_cli.host import nearest_parent
+from recast_cli.outputs import atomic_file
 
 FORMAT_VERSION = 1
 MODES = ("history_removed", "history_kept")
@@ -68,17 +71,35 @@ class Evaluation:
         Returns:
             The two paths. The JSON goes first and comes last: where it is, both are of one evaluation.
         """
-        if out.suffix == ".json":
-            paths = out, out.with_suffix(".users.parquet")
-        else:
-            paths = out / EVALUATION, out / USERS
-        paths[0].unlink(missing_ok=True)
-        with atomic_file(paths[1]) as scratch:
-            self.users.write_parquet(scratch)
-        atomic_text(
-            paths[0], json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        )
+        paths = require_place(out)
+        document = json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        with atomic_file(paths[0]) as text, atomic_file(paths[1]) as table:
+            self.users.write_parquet(table)
+            text.write_text(document, encoding="utf-8")
+            paths[0].unlink(missing_ok=True)  # only now: a full disk has said so by then
         return paths
+
+
+def require_place(out: Path) -> tuple[Path, Path]:
+    """Where an evaluation goes: (JSON, table of users).
+
+    Raises:
+        ArtifactError: what is there is no evaluation, or nothing can be written there.
+    """
+    single = out.suffix == ".json"
+    paths = (out, out.with_suffix(".users.parquet")) if single else (out / EVALUATION, out / USERS)
+    hint = "choose another --out"
+    folder = nearest_parent(paths[0].parent)
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ArtifactError(f"--out {out} cannot be written: {folder} is no folder that may be", hint)
+    there = [path for path in paths if path.exists()]
+    try:
+        ours = not there or {"format_version", "metrics"} <= json.loads(paths[0].read_text("utf-8")).keys()
+    except (OSError, ValueError, AttributeError):
+        ours = False
+    if not ours:
+        raise ArtifactError(f"{there[0]} is there already and no evaluation", hint)
+    return paths
 
 
 def _without_nan(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 from pathlib import Path
 
@@ -46,6 +47,24 @@ def require_cores(recipe: Recipe) -> None:
     """
     if resolve_device(recipe) == "cpu":
         require_threads(num_threads(recipe))
+
+
+def require_gpu(recipe: Recipe) -> None:
+    """Refuse `device: cuda` where torch sees too few GPUs: verl finds out half a minute later.
+
+    Raises:
+        RecipeError: naming how many there are.
+    """
+    if resolve_device(recipe) != "cuda":
+        return
+    import torch
+
+    found = torch.cuda.device_count()
+    if found < recipe.num_gpus and not os.environ.get("RAY_ADDRESS"):
+        raise RecipeError(
+            f"device is cuda with num_gpus {recipe.num_gpus}, torch sees {found} GPUs here",
+            "set device=cpu, or num_gpus to what there is",
+        )
 
 
 def environment(recipe: Recipe, metrics: Path) -> dict[str, str]:

@@ -4,6 +4,7 @@ one line; and read what it leaves behind."""
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -112,6 +113,18 @@ def _require_cluster(needed: int) -> None:
         )
 
 
+def _end_with_parent() -> Callable[[], None] | None:
+    """What a child calls before it becomes the job, so that not even a kill of ours leaves it behind.
+
+    Linux: the system sends it SIGTERM when its parent dies, and Ray's processes end with their driver.
+    """
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl  # looked up before the fork, after which little is safe
+    set_parent_death_signal = 1
+    return lambda: prctl(set_parent_death_signal, signal.SIGTERM)
+
+
 def run_verl(
     module: Sequence[str],
     arguments: Sequence[str],
@@ -152,6 +165,7 @@ def run_verl(
             stdout=sink,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # so that Ctrl-C reaches Ray's workers through us, once
+            preexec_fn=_end_with_parent(),
         )
         try:
             while child.poll() is None:

@@ -147,6 +147,11 @@ def remove(out: Path) -> None:
         out.rmdir()
 
 
+def made_a_step(out: Path) -> bool:
+    """Whether a run left anything of worth."""
+    return bool(read_metrics(out / "metrics.jsonl") or hf_checkpoints(out / "checkpoints"))
+
+
 def _aside(out: Path) -> Path:
     return out.with_name(f".{out.name}.replaced")
 
@@ -178,7 +183,7 @@ def _replacing(out: Path, start: Path) -> Iterator[None]:
             f"--overwrite would remove the start model {start}", "choose another out= or copy the model"
         )
     aside = _aside(out)
-    if aside.is_dir() and not read_metrics(out / "metrics.jsonl"):  # killed before its first step
+    if aside.is_dir() and not made_a_step(out):  # it was killed
         remove(out)
     _bring_back(out)
     if not (out / "command.txt").exists():
@@ -247,7 +252,7 @@ def train(
             on_step=on_step,
         )
     except BaseException:
-        if not read_metrics(metrics):  # no step was made: there is nothing to keep
+        if not made_a_step(out):  # there is nothing to keep
             remove(out)
         raise
     (out / "logs").mkdir(exist_ok=True)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
 
 from recast_cli.artifacts import is_artifact, load_manifest, write_manifest
 from recast_cli.errors import ArtifactError, DataError
@@ -54,26 +49,6 @@ def find(recipe: Recipe, inputs: Inputs) -> dict[str, Any] | None:
             "choose another warm_start.out, or make it anew: --overwrite with a recipe of method sft",
         )
     return manifest
-
-
-@contextlib.contextmanager
-def exclusive(recipe: Recipe, on_wait: Callable[[], None]) -> Iterator[None]:
-    """One process of this machine at a time makes a warm start; the others wait, and then find it made.
-
-    Args:
-        on_wait: Called once if another process is at it.
-    """
-    name = hashlib.sha256(str(folder_of(recipe).resolve()).encode()).hexdigest()[:16]
-    lock = FileLock(Path(tempfile.gettempdir()) / f"recast-{os.getuid()}-{name}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        on_wait()
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def num_steps(recipe: Recipe, inputs: Inputs) -> int:

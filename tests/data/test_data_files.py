@@ -11,7 +11,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from recast_cli.data.files import ColumnMap, items_frame, parse_columns, parse_timestamps, source
+from recast_cli.data.files import ColumnMap, clean_ids, items_frame, parse_columns, parse_timestamps, source
 from recast_cli.data.readers import read_table
 from recast_cli.errors import DataError, RecipeError
 
@@ -70,12 +70,12 @@ def test_ids_stay_as_they_are(tmp_path: Path) -> None:
 
 def test_float_ids_of_pandas_become_whole_numbers(tmp_path: Path) -> None:
     log, catalogue = tmp_path / "log.parquet", tmp_path / "items.csv"
-    frame = pl.DataFrame({"user_id": [1.0, float("nan"), 3.0], "item_id": [0.5, 1.0, 2.0], "timestamp": 1})
+    frame = pl.DataFrame({"user_id": [1.0, float("nan"), 3.0], "item_id": [0.0, 1.0, 2.0], "timestamp": 1})
     frame.write_parquet(log)
     catalogue.write_text("item_id,title\nx,X\n")
     interactions = source(log, catalogue).load().interactions
     assert interactions["user_id"].to_list() == ["1", None, "3"]
-    assert interactions["item_id"].to_list() == ["0.5", "1.0", "2.0"]
+    assert interactions["item_id"].to_list() == ["0", "1", "2"]
 
 
 def test_column_map(csv_files: tuple[Path, Path]) -> None:
@@ -242,3 +242,11 @@ def test_read_table_keeps_row_order(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text("a\n" + "".join(f"{n}\n" for n in range(5000)))
     assert read_table(path)["a"].to_list() == [str(n) for n in range(5000)]
+
+
+@pytest.mark.parametrize("bad", [2.5, float("inf"), 2.0**53])
+def test_floats_that_are_no_ids_are_refused(bad: float) -> None:
+    whole = pl.Series("user_id", [1.0, None, 2.0**53 - 1])
+    assert clean_ids(whole, "log").to_list() == ["1", None, "9007199254740991"]
+    with pytest.raises(DataError, match=r"log column 'user_id' holds the id .*, needed whole numbers below"):
+        clean_ids(pl.Series("user_id", [1.0, bad]), "log")

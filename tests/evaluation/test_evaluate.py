@@ -390,3 +390,24 @@ def test_targets_out_of_reach_are_counted_below_the_tables(
     found = evaluate_model(folders.model, folders.tokenizer, folders.data, "test", beam_width=4)
     print_evaluation(found)
     assert "2 targets stand in their user's history" in capsys.readouterr().out
+
+
+def test_an_evaluation_replaces_nothing_but_an_evaluation(write: Write, tmp_path: Path) -> None:
+    folders = write({"u1": [0, 1, 2, 0, 1], "u2": [1, 2, 0, 1, 2]}, [(0, 0), (0, 1), (1, 0)], (2, 2))
+    found = evaluate_model(folders.model, folders.tokenizer, folders.data, "test", beam_width=3)
+    found.save(tmp_path / "there")
+    found.save(tmp_path / "there")
+    found.save(tmp_path / "single.json")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "users.parquet").write_text("mine")
+    (tmp_path / "package.json").write_text("{}")
+    (tmp_path / "file").write_text("mine")
+    for out, message in (
+        ("mine", "users.parquet is there already and no evaluation"),
+        ("package.json", "package.json is there already and no evaluation"),
+        ("file/out", "cannot be written"),
+    ):
+        with pytest.raises(ArtifactError, match=message):
+            found.save(tmp_path / out)
+    assert (tmp_path / "mine" / "users.parquet").read_text() == "mine"
+    assert (tmp_path / "package.json").read_text() == "{}"

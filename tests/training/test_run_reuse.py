@@ -198,3 +198,12 @@ def test_killed_overwrite_leaves_the_old_run_to_the_next_command(
             run.train(make_recipe(), inputs, model_of(inputs), overwrite=True)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert [path.name for path in tmp_path.iterdir() if "replaced" in path.name] == []
+
+
+def test_a_run_with_a_checkpoint_or_a_metric_is_worth_keeping(tmp_path: Path) -> None:
+    assert not run.made_a_step(tmp_path)
+    (tmp_path / "checkpoints" / "global_step_1" / "actor" / "huggingface").mkdir(parents=True)
+    assert run.made_a_step(tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "metrics.jsonl").write_text('{"step": 1, "data": {}}\n', encoding="utf-8")
+    assert run.made_a_step(tmp_path / "other")

@@ -9,8 +9,10 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from recast_cli.errors import EnvironmentFault
@@ -189,3 +191,29 @@ def test_error_in_a_callback_ends_the_child_too(run_child, tmp_path: Path) -> No
             on_step=fail,
         )
     assert not alive(int((tmp_path / "pid").read_text()))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system's own signal")
+def test_a_job_ends_with_its_parent_even_if_that_is_killed(tmp_path: Path) -> None:
+    program = """
+        import sys, pathlib
+        from recast_cli.training.process import run_verl
+        folder = pathlib.Path(sys.argv[1])
+        run_verl(["job"], [], environment={"PYTHONPATH": str(folder)}, cwd=folder, log=folder / "log",
+                 metrics=folder / "metrics")
+    """
+    job = "import os, pathlib, time; pathlib.Path('pid').write_text(str(os.getpid())); time.sleep(100)"
+    (tmp_path / "job.py").write_text(job, encoding="utf-8")
+    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program), str(tmp_path)])
+    pid = tmp_path / "pid"
+    wait_for(lambda: pid.exists() and bool(pid.read_text()))
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not psutil.pid_exists(int(pid.read_text())))
+
+
+def wait_for(done: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.05)

@@ -13,6 +13,7 @@ from training_artifacts import (
 )
 
 from recast_cli.errors import ArtifactError, DataError
+from recast_cli.outputs import exclusive
 from recast_cli.training import warm_start
 from recast_cli.training.inputs import Inputs
 
@@ -68,15 +69,15 @@ def test_a_second_process_waits_for_a_warm_start_that_is_being_made(make_recipe)
     waiting = threading.Event()
 
     def second() -> None:
-        with warm_start.exclusive(recipe, waiting.set):
+        with exclusive(warm_start.folder_of(recipe), waiting.set):
             order.append("second")
 
-    with warm_start.exclusive(recipe, lambda: order.append("the first never waits")):
+    with exclusive(warm_start.folder_of(recipe), lambda: order.append("the first never waits")):
         thread = threading.Thread(target=second)
         thread.start()
         assert waiting.wait(10)
         other = make_recipe(warm_start={"out": "elsewhere"})
-        with warm_start.exclusive(other, lambda: order.append("nor does another folder's")):
+        with exclusive(warm_start.folder_of(other), lambda: order.append("nor does another folder's")):
             order.append("first")
     thread.join(10)
     assert order == ["first", "second"]
