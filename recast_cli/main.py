@@ -135,7 +135,10 @@ def _in_words(exc: BaseException) -> tuple[str, str] | None:
         return words, OS_HINTS.get(exc.errno, "the operating system refused that: check path and arguments")
     if os.strerror(errno.ENOSPC) in str(exc):  # polars and safetensors have no errno
         return _one_line(str(exc)), OS_HINTS[errno.ENOSPC]
-    if isinstance(exc, MemoryError):
+    # torch's allocator raises a plain RuntimeError
+    if isinstance(exc, MemoryError) or (
+        isinstance(exc, RuntimeError) and "can't allocate memory" in str(exc)
+    ):
         return "out of memory", OS_HINTS[errno.ENOMEM]
     return None
 

@@ -5,6 +5,7 @@ Text formats are read without type guessing, so that the id "007" stays "007". F
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import json
@@ -20,7 +21,10 @@ _UTF8_HINT = "save the file as UTF-8, for example with `iconv -f LATIN1 -t UTF-8
 
 
 def _read_csv(content: bytes, separator: str = ",", quote: str | None = '"') -> pl.DataFrame:
-    return pl.read_csv(io.BytesIO(content), infer_schema=False, separator=separator, quote_char=quote)
+    frame = pl.read_csv(io.BytesIO(content), infer_schema=False, separator=separator, quote_char=quote)
+    # A header may have blanks after its commas, which nobody can name in a column map.
+    tidy = [name.strip() for name in frame.columns]
+    return frame.rename(dict(zip(frame.columns, tidy, strict=True))) if len({*tidy}) == len(tidy) else frame
 
 
 def _read_atomic(content: bytes) -> pl.DataFrame:
@@ -30,7 +34,7 @@ def _read_atomic(content: bytes) -> pl.DataFrame:
 
 
 def _read_jsonl(content: bytes) -> pl.DataFrame:
-    return pl.read_ndjson(io.BytesIO(content), infer_schema_length=None)
+    return pl.read_ndjson(io.BytesIO(content.removeprefix(codecs.BOM_UTF8)), infer_schema_length=None)
 
 
 def _read_parquet(content: bytes) -> pl.DataFrame:

@@ -250,3 +250,10 @@ def test_floats_that_are_no_ids_are_refused(bad: float) -> None:
     assert clean_ids(whole, "log").to_list() == ["1", None, "9007199254740991"]
     with pytest.raises(DataError, match=r"log column 'user_id' holds the id .*, needed whole numbers below"):
         clean_ids(pl.Series("user_id", [1.0, bad]), "log")
+
+
+def test_blanks_in_a_header_and_a_byte_order_mark_are_no_part_of_a_name(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("user_id, item_id ,timestamp\nu1,i1,5\n", encoding="utf-8")
+    assert read_table(tmp_path / "log.csv").columns == ["user_id", "item_id", "timestamp"]
+    (tmp_path / "log.jsonl").write_text('{"user_id": "u1"}\n', encoding="utf-8-sig")
+    assert read_table(tmp_path / "log.jsonl").columns == ["user_id"]
