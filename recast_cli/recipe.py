@@ -186,7 +186,8 @@ class _Loader(yaml.SafeLoader):
     """YAML without duplicate keys: the first of two `rl:` sections would be lost without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]  # `<<: *base`
+        keys = [self.construct_object(key, deep=True) for key in own]
         repeated = next((key for place, key in enumerate(keys) if key in keys[:place]), None)
         if repeated is not None:
             raise yaml.constructor.ConstructorError(None, None, f"key {repeated!r} twice", node.start_mark)

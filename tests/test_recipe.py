@@ -303,3 +303,9 @@ def test_a_check_of_ours_prints_its_own_words_and_not_the_whole_recipe(write) ->
     load_recipe(write(MINIMAL), ["verl.trainer.logger=[console, file, wandb]"])
     with pytest.raises(RecipeError, match=r"verl_sft\.trainer\.default_local_dir is /x: set out instead"):
         load_recipe(write(MINIMAL), ["verl_sft.trainer.default_local_dir=/x"])
+
+
+def test_yaml_merge_keys_work(write) -> None:
+    text = MINIMAL + "warm_start: &shared {learning_rate: 0.1}\nrl: {<<: *shared, steps: 4}\n"
+    recipe = load_recipe(write(text))
+    assert (recipe.rl.learning_rate, recipe.rl.steps) == (0.1, 4)
