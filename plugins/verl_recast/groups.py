@@ -75,8 +75,8 @@ def gather_groups(
     index_N = np.array([int(index) for index in _plain(data["index"])])
     grouped = _group_rows(batch.keys, index_N)
     targets = [require_targets(entry["ground_truth"]) for entry in _plain(data["reward_model"])]
-    prompts = [tuple(prompt.tolist()) for prompt in data["prompts"].unbind()]
-    require_own_index([(int(index_N[r]), (prompts[r], targets[r])) for r, *_ in grouped])
+    prompts = data["prompts"].unbind()
+    require_own_index([(int(index_N[r]), (prompts[r].tolist(), targets[r])) for r, *_ in grouped])
     lacking = next((info for info in infos if "structural_score" not in info), None)
     if lacking is not None:
         raise ValueError(

@@ -33,8 +33,8 @@ PHASES = {
     "update": "actor_update",
     "together": "actor_total",
 }
-# The recipes take an hour; the demo cuts them for time. At these sizes another learning rate was the best on
-# validation (benchmarks/results/ml100k_demo.json).
+# The demo cuts the recipes for time. At these sizes another learning rate was the best on validation
+# (benchmarks/results/ml100k_demo.json).
 CUT = ["warm_start.epochs=3", "rl.steps=8", "rl.learning_rate=3e-5"]
 # A shortened demo walks the same path with almost no training.
 SHORT = ["warm_start.epochs=1", "rl.steps=2", "rl.prompts_per_step=4", "rl.warmup_steps=0"]

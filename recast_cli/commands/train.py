@@ -99,20 +99,16 @@ def _start_model(settings: Recipe, inputs: Inputs, *, overwrite: bool) -> Path:
 
 def _warm_up(settings: Recipe, inputs: Inputs, *, overwrite: bool) -> None:
     """Make the warm start and show how each epoch validates."""
-    import itertools
-
     from recast_cli.console import note, print_table, progress
     from recast_cli.evaluation.evaluate import evaluate_model
     from recast_cli.training import placement, warm_start
 
     rows: list[list[Any]] = []
-    numbers = itertools.count(1)
 
     def score(model: Path) -> dict[str, float]:
         import torch
 
-        number = next(numbers)
-        note(f"validating epoch {number}/{settings.warm_start.epochs}")
+        note(f"validating epoch {len(rows) + 1}/{settings.warm_start.epochs}")
         torch.set_num_threads(placement.num_threads(settings))
         device = placement.resolve_device(settings)
         return evaluate_model(

@@ -73,8 +73,8 @@ class GroupLoopWorker(AgentLoopWorker):
     async def _roll_out(self, rows: list[dict[str, Any]], *, validate: bool, partition: str) -> None:
         prompts = self._encode([list(row["raw_prompt"]) for row in rows])
         targets = [require_targets(row["reward_model"]["ground_truth"]) for row in rows]
-        contents = zip(prompts, targets, strict=True)
-        require_own_index([(int(row["index"]), content) for row, content in zip(rows, contents, strict=True)])
+        found = zip(rows, prompts, targets, strict=True)
+        require_own_index([(int(row["index"]), (prompt, target)) for row, prompt, target in found])
         out = await self._answers(rows, prompts, validate=validate)
         hits_BG, scores_BG, valid_BG = score_groups(self.catalogue, targets, out["codes_BGL"])
         keys, fields, tags = self._records(rows, prompts, out, hits_BG, scores_BG)
