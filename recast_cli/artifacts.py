@@ -41,8 +41,12 @@ def _sha256_once(path: Path, mtime_ns: int, size: int) -> str:
 
 def weights_sha256(model: Path) -> dict[str, str]:
     """File name -> hash of the weights of a Hugging Face folder: what identifies a model."""
-    weights = sorted([*model.glob("*.safetensors"), *model.glob("pytorch_model*.bin")])
-    return {path.name: file_sha256(path) for path in weights}
+    return {path.name: file_sha256(path) for path in weight_files(model)}
+
+
+def weight_files(model: Path) -> list[Path]:
+    """The weights of a Hugging Face folder."""
+    return sorted([*model.glob("*.safetensors"), *model.glob("pytorch_model*.bin")])
 
 
 def read_json_lines(path: Path) -> list[Any]:
@@ -139,8 +143,12 @@ def is_artifact(folder: Path, kind: str) -> bool:
 
 # Types of what readers rely on, beside `parents` and `files`.
 FACTS: dict[str, dict[str, type]] = {
-    "dataset": {"source": dict, "params": dict, "rows": dict, "num_items": int, "num_users": int},
-    "tokenizer": {"params": dict, "num_items": int, "num_levels": int},
+    "dataset": {
+        **dict.fromkeys(("source", "params", "rows", "dropped", "k_core_removed"), dict),
+        **dict.fromkeys(("num_items", "num_users", "num_interactions"), int),
+        **dict.fromkeys(("tie_share", "target_tie_share"), float),
+    },
+    "tokenizer": {"params": dict, "num_items": int, "num_levels": int, "quality": dict, "model": dict},
     "warm-start": {"params": dict, "seed": int, "epochs": list, "best_epoch": int},
     "run": {"recipe": dict, "start": dict},
 }

@@ -135,6 +135,8 @@ def _in_words(exc: BaseException) -> tuple[str, str] | None:
         return words, OS_HINTS.get(exc.errno, "the operating system refused that: check path and arguments")
     if os.strerror(errno.ENOSPC) in str(exc):  # polars and safetensors have no errno
         return _one_line(str(exc)), OS_HINTS[errno.ENOSPC]
+    if isinstance(exc, RuntimeError) and "Symlink loop" in str(exc):  # pathlib's resolve()
+        return _one_line(str(exc)), "mend the link, or name another path"
     # torch's allocator raises a plain RuntimeError
     if isinstance(exc, MemoryError) or (
         isinstance(exc, RuntimeError) and "can't allocate memory" in str(exc)

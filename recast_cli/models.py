@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from recast_cli.artifacts import identity, is_artifact, load_manifest, weights_sha256
+from recast_cli.artifacts import identity, is_artifact, load_manifest, weight_files, weights_sha256
 from recast_cli.errors import ArtifactError
 from recast_cli.vocabulary import Vocabulary
 
@@ -63,11 +63,16 @@ def require_start(model_dir: Path, tokenizer_dir: Path) -> None:
     """Refuse a model that RL cannot start from. verl reads prompts with the tokenizer in the model's folder.
 
     Raises:
-        ArtifactError: another vocabulary size, tokenizer or chat template, or none.
+        ArtifactError: another vocabulary size, tokenizer or chat template, or none; no weights.
     """
     from transformers import AutoTokenizer
 
     require_vocabulary(model_dir, Vocabulary.load(tokenizer_dir / "vocabulary.json").vocab_size)
+    if not weight_files(model_dir):
+        raise ArtifactError(
+            f"model {model_dir} has no weights (*.safetensors or pytorch_model*.bin)",
+            "name a Hugging Face folder",
+        )
     require_tokenizer(model_dir, tokenizer_dir)
     ours = tokenizer_dir / "model"
     needed = AutoTokenizer.from_pretrained(ours, local_files_only=True)

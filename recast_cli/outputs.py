@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import glob
 import hashlib
 import os
 import shutil
@@ -30,6 +32,38 @@ def _prefix(target: Path) -> str:
     return f".{target.name[:32]}."  # a name may have 255 bytes: leave room for what is appended
 
 
+SCRATCH = ".partial"  # ends the name of a scratch folder
+
+
+@contextlib.contextmanager
+def _scratch_folder(target: Path) -> Iterator[Path]:
+    """A new folder beside `target`, locked while its process lives; what killed processes left goes first."""
+    for left in target.parent.glob(f"{glob.escape(_prefix(target))}*{SCRATCH}"):
+        with contextlib.suppress(OSError), _locked(left):
+            shutil.rmtree(left, ignore_errors=True)
+    scratch = Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=SCRATCH, dir=target.parent))
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+        with contextlib.suppress(OSError):  # a disk without locks: then nobody sweeps it either
+            stack.enter_context(_locked(scratch))
+        yield scratch
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder; it ends with the process, however that ends.
+
+    Raises:
+        OSError: another process holds it, or this disk has no locks.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
 def atomic_dir(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a scratch folder that becomes `target` on success and vanishes on failure.
@@ -50,38 +84,45 @@ def atomic_dir(target: Path, *, replace: bool = False) -> Iterator[Path]:
         )
     if not replace:
         _refuse_content(target)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
-    except OSError as exc:
-        raise EnvironmentFault(
-            f"cannot write in {target.parent}: {exc.strerror}", "choose another --out"
-        ) from exc
-    try:
-        yield scratch
-        for path in scratch.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        scratch.chmod(0o755)  # mkdtemp makes it private
-        if not replace:
-            _refuse_content(target)  # what came there meanwhile, from another command or from the user
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
-            os.rename(target, old / "old")
-            os.rename(scratch, target)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.rename(scratch, target)
-        _fsync_dir(target.parent)
-    except Exception as exc:
-        if _disk_full(exc, scratch):
+    with contextlib.ExitStack() as stack:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            scratch = stack.enter_context(_scratch_folder(target))
+        except OSError as exc:
             raise EnvironmentFault(
-                f"no space left on the disk of {target.parent}", "free some space and rerun"
+                f"cannot write in {target.parent}: {exc.strerror}", "choose another --out"
             ) from exc
-        raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        try:
+            yield scratch
+            for path in scratch.rglob("*"):
+                if path.is_file():
+                    with path.open("rb") as handle:
+                        os.fsync(handle.fileno())
+            scratch.chmod(0o755)  # mkdtemp makes it private
+            if not replace:
+                _refuse_content(target)  # what came there meanwhile, from another command or from the user
+            _move(scratch, target)
+            _fsync_dir(target.parent)
+        except Exception as exc:
+            if _disk_full(exc, scratch):
+                raise EnvironmentFault(
+                    f"no space left on the disk of {target.parent}", "free some space and rerun"
+                ) from exc
+            raise
+
+
+def _move(scratch: Path, target: Path) -> None:
+    """Rename a folder to `target`, in place of what is there."""
+    if not target.exists():
+        os.rename(scratch, target)
+        return
+    with _scratch_folder(target) as aside:
+        os.rename(target, aside / "old")
+        try:
+            os.rename(scratch, target)
+        except OSError:
+            os.rename(aside / "old", target)
+            raise
 
 
 def _refuse_content(target: Path) -> None:

@@ -19,6 +19,7 @@ from recast_cli.errors import RecipeError
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, le=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Folder = Annotated[str, Field(min_length=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 # What verl's V1 trainer starts on Ray, one CPU each: TransferQueue's controller and storage unit, task
@@ -50,7 +51,7 @@ class Section(BaseModel):
 class WarmStart(Section):
     """Supervised warm start; the epoch with the best validation NDCG@10 (history removed) is kept."""
 
-    out: str | None = Field(
+    out: Folder | None = Field(
         None, description="folder, shared by recipes that start alike; default RUN/warm_start"
     )
     epochs: Positive = 8
@@ -70,7 +71,7 @@ class RL(Section):
         None, description="prompts per update; default prompts_per_step"
     )
     group_size: Annotated[int, Field(ge=2)] = 32
-    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     learning_rate: Rate = 2e-6
     warmup_steps: Annotated[int, Field(ge=0)] = 10
     weight_decay: Weight = 0.1
@@ -118,10 +119,10 @@ class Method(Section):
 class Recipe(Section):
     """One training run."""
 
-    data: str = Field(description="folder of recast prepare-data")
-    tokenizer: str = Field(description="folder of recast build-tokenizer")
-    out: str = Field(description="run directory")
-    model: str | None = Field(
+    data: Folder = Field(description="folder of recast prepare-data")
+    tokenizer: Folder = Field(description="folder of recast build-tokenizer")
+    out: Folder = Field(description="run directory")
+    model: Folder | None = Field(
         None, description="Hugging Face folder to start RL from instead of a warm start"
     )
     seed: Seed = 0

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sealing import whole
 
 from recast_cli import artifacts, outputs
 from recast_cli.errors import ArtifactError, DataError, EnvironmentFault, RecastError, RecipeError
@@ -22,8 +23,7 @@ def dataset(folder: Path, text: str = "hello", **facts: Any) -> dict[str, Any]:
     with outputs.atomic_dir(folder, replace=True) as scratch:
         (scratch / "sub").mkdir()
         (scratch / "sub" / "items.txt").write_text(text)
-        needed = {"source": {}, "params": {}, "rows": {}, "num_items": 3, "num_users": 1}
-        return artifacts.write_manifest(scratch, "dataset", seed=1, **(needed | facts))
+        return artifacts.write_manifest(scratch, "dataset", seed=1, **whole("dataset", **facts))
 
 
 def test_a_manifest_lists_every_file_with_its_hash(tmp_path: Path) -> None:

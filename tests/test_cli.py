@@ -201,6 +201,21 @@ def test_no_permission() -> None:
     assert done.stderr.startswith("error: Permission denied: /root/x\nhint: check the permissions")
 
 
+def test_a_link_to_itself(tmp_path: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    done = boom(f"from pathlib import Path; Path({str(loop)!r}).resolve()")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: Symlink loop from '{loop}'\nhint: ")
+
+
+def test_a_size_for_a_named_model_is_refused(tmp_path: Path) -> None:
+    words = ("--data", "d", "--out", str(tmp_path / "t"), "--base-model", "m", "--layers", "2")
+    done = recast("build-tokenizer", *words)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --base-model m has its own size, found --hidden-size or --layers")
+
+
 def test_a_missing_extra_is_named() -> None:
     done = boom("sys.modules['faiss'] = None; import faiss")  # None: Python's own way to hide a module
     assert done.returncode == 2

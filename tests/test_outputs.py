@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -124,6 +125,36 @@ def test_a_crash_half_way_leaves_the_old_one(tmp_path: Path) -> None:
     target = old_artifact(tmp_path / "out")
     assert run_child(CRASH, target).returncode == 9
     assert tree(target) == {"old.txt": "old"}
+
+
+def test_the_next_one_sweeps_up_after_a_crash(tmp_path: Path) -> None:
+    assert run_child(CRASH, tmp_path / "out").returncode == 9
+    other = tmp_path / ".out.notes"  # not ours: no scratch folder has this ending
+    other.mkdir()
+    assert len(list(tmp_path.iterdir())) == 2
+    with outputs.atomic_dir(tmp_path / "out") as scratch:
+        (scratch / "a.txt").write_text("a")
+        # A second writer leaves the scratch folder of the first, who is alive, alone.
+        with pytest.raises(KeyError), outputs.atomic_dir(tmp_path / "out"):
+            raise KeyError
+    assert tree(tmp_path) == {"out/a.txt": "a"} and other.is_dir()
+
+
+def test_the_old_one_comes_back_if_the_new_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = old_artifact(tmp_path / "out")
+    rename = os.rename
+
+    def refuse(source: Path, to: Path) -> None:
+        if Path(to) == target and (Path(source) / "new.txt").exists():
+            raise PermissionError(errno.EPERM, "refused")
+        rename(source, to)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(PermissionError), outputs.atomic_dir(target, replace=True) as scratch:
+        (scratch / "new.txt").touch()
+    assert tree(tmp_path) == {"out/old.txt": "old"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

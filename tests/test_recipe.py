@@ -168,6 +168,10 @@ def test_every_violation_is_reported_at_once(write) -> None:
     [
         "rl.group_size=1",
         "rl.temperature=0",
+        "rl.temperature=1e-300",
+        "rl.temperature=1000",
+        "out=''",
+        "warm_start.out=''",
         "rl.learning_rate=1.5",
         "rl.learning_rate=nan",
         "rl.kl_coef=-1",

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from recast_cli.errors import RecipeError
+
 if TYPE_CHECKING:
     from recast_cli.tokenizer.build import TokenizerParams
 
@@ -34,9 +36,9 @@ def build_tokenizer(
         ),
     ] = None,
     hidden_size: Annotated[
-        int, typer.Option(help="Width of the model from scratch, a multiple of 64.")
-    ] = 128,
-    layers: Annotated[int, typer.Option(help="Layers of the model from scratch.")] = 4,
+        int | None, typer.Option(help="Width of the model from scratch, a multiple of 64. Default: 128.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers of the model from scratch. Default: 4.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of k-means and of new weights.")] = 0,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a tokenizer that is in --out.")
@@ -70,15 +72,21 @@ def build_tokenizer(
     from recast_cli.tokenizer.build import TokenizerParams, build
     from recast_cli.tokenizer.quantize import parse_codebook_sizes
 
+    sizes = {"hidden_size": hidden_size, "num_layers": layers}
+    given = {name: size for name, size in sizes.items() if size is not None}
+    if base_model is not None and given:
+        raise RecipeError(
+            f"--base-model {base_model} has its own size, found --hidden-size or --layers as well",
+            "leave the one or the other out",
+        )
     params = TokenizerParams(
         codebook_sizes=parse_codebook_sizes(codebook_size, levels),
         embeddings=embeddings,
         cooccurrence_weight=cooccurrence_weight,
         num_dimensions=dimensions,
         base_model=None if base_model is None else str(base_model),
-        hidden_size=hidden_size,
-        num_layers=layers,
         seed=seed,
+        **given,
     )
 
     def finish(folder: Path) -> None:

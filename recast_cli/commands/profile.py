@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,10 +54,10 @@ def profile(
         recast profile recipes/ml-100k/recast.yaml rl.max_tokens_per_micro_batch=2048 --json
     """
     import json
-    import shutil
 
     from recast_cli.console import note, print_json, progress
     from recast_cli.models import require_start
+    from recast_cli.outputs import refuse_inside
     from recast_cli.profiling import profile as stage
     from recast_cli.profiling.peak import matmul_peak
     from recast_cli.profiling.plot import plot
@@ -68,21 +70,19 @@ def profile(
     loaded = load_recipe(recipe, overrides or [])
     settings = _settings(loaded, prompts, group_size, steps)
     inputs = Inputs.load(settings)
+    refuse_inside({"--out": out}, {"data=": inputs.data, "tokenizer=": inputs.tokenizer})
     start = model or _start_model(settings, inputs)
     require_start(start, inputs.tokenizer)
     placement.require_cores(settings)
+    placement.require_gpu(settings)
     device, threads = placement.resolve_device(settings), placement.num_threads(settings)
     rows = draw_rows(inputs.tokenizer / "verl" / "rl.parquet", settings.rl.prompts_per_step, settings.seed)
-    if (out / "jobs").exists() and not (out / "jobs" / MARKER).exists():
-        raise ArtifactError(f"{out / 'jobs'} is no folder of a profile", "choose another --out")
-    shutil.rmtree(out / "jobs", ignore_errors=True)
-    (out / "jobs").mkdir(parents=True)
-    (out / "jobs" / MARKER).touch()
     peak_flops = matmul_peak(device, threads) * settings.num_gpus
-    recording = _record(settings, inputs, start, rows, out / "jobs")
+    with _new_folder(out / "jobs") as jobs:
+        recording = _record(settings, inputs, start, rows, jobs)
     with progress("profile", 2 * repeats * stage.num_steps(steps)) as advance:
         launch = _launcher(settings, inputs, start, rows, steps, lambda _: advance(1))
-        runs = stage.replay(recording, launch, out / "jobs", steps=steps, repeats=repeats)
+        runs = stage.replay(recording, launch, jobs, steps=steps, repeats=repeats)
     result = stage.summarise(
         runs,
         recording,
@@ -106,6 +106,29 @@ def profile(
     else:
         print_profile(result)
     note(f"wrote {out / 'profile.json'} and {out / 'profile.png'}")
+
+
+@contextlib.contextmanager
+def _new_folder(jobs: Path) -> Iterator[Path]:
+    """An empty folder in place of an earlier profile's; gone again if nothing comes of it.
+
+    Raises:
+        ArtifactError: it is no folder of a profile.
+    """
+    import shutil
+
+    if jobs.exists() and not (jobs / MARKER).exists():
+        raise ArtifactError(f"{jobs} is no folder of a profile", "choose another --out")
+    shutil.rmtree(jobs, ignore_errors=True)
+    jobs.mkdir(parents=True)
+    (jobs / MARKER).touch()
+    try:
+        yield jobs
+    except BaseException:
+        shutil.rmtree(jobs)
+        with contextlib.suppress(OSError):  # it holds something else
+            jobs.parent.rmdir()
+        raise
 
 
 def _settings(recipe: Recipe, prompts: int | None, group_size: int | None, steps: int) -> Recipe:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import polars as pl
@@ -143,7 +144,11 @@ def parse_columns(text: str | None, text_columns: str | None = None) -> ColumnMa
                 f"--columns has {entry!r}, needed ours=theirs with ours one of {', '.join(keys)}",
                 "example: --columns user_id=userId,timestamp=ts",
             )
-        chosen[keys[ours]] = theirs
+        if chosen.setdefault(keys[ours], theirs) != theirs:
+            raise RecipeError(
+                f"--columns has {ours}={chosen[keys[ours]]} and {ours}={theirs}, needed one of them",
+                "leave one out",
+            )
     names = (
         tuple(filter(None, (name.strip() for name in text_columns.split(","))))
         if text_columns is not None
@@ -202,21 +207,24 @@ def parse_timestamps(column: pl.Series, path: str) -> tuple[pl.Series, pl.Series
     Numbers, ISO 8601 dates and times (no zone means UTC), and date-typed columns are understood.
 
     Raises:
-        DataError: numbers and dates are mixed: they could not be put in one order.
+        DataError: the column holds something else, or mixes numbers and dates, which have no common order.
     """
-    text = (
-        column.cast(pl.String, strict=False)
-        if not column.dtype.is_nested()
-        else column.map_elements(str, pl.String)
-    )
-    if column.dtype.is_temporal() and column.dtype != pl.Time:
+    kind = column.dtype
+    known = (pl.String, pl.Categorical, pl.Enum, pl.Date, pl.Datetime, pl.Null)
+    if not (kind.is_numeric() or isinstance(kind, known) or kind in known):
+        raise DataError(
+            f"{path} column {column.name!r} holds {kind}, needed numbers, dates or ISO 8601 text",
+            "map another column with --columns timestamp=COLUMN",
+        )
+    text = column.cast(pl.String)
+    if kind.is_temporal():
         return column.cast(pl.Datetime("us")).dt.epoch("us") / 1e6, text
-    if column.dtype.is_numeric():
+    if kind.is_numeric():
         numbers = column.cast(pl.Float64)
     else:
         found = text.str.strip_chars()
         numbers = found.cast(pl.Float64, strict=False)
-        dates = _parse_iso(found)
+        dates = _parse_iso(found.set(numbers.is_not_null(), None))
         if dates.is_not_null().any():
             mixed = text.filter(numbers.is_finite().fill_null(False))
             if len(mixed):
@@ -231,7 +239,10 @@ def parse_timestamps(column: pl.Series, path: str) -> tuple[pl.Series, pl.Series
 
 
 def _parse_iso(text: pl.Series) -> pl.Series:
-    """Seconds since 1970 of ISO 8601 text as f64, null where it is none."""
+    """Seconds since 1970 of ISO 8601 text as f64, null where it is none.
+
+    The common spellings at polars' speed; what is left over as Python reads it.
+    """
     tidy = (
         text.str.replace(r"^(\d{4}-\d{2}-\d{2})$", "$1 00:00")
         .str.replace(r"^(\d{4}-\d{2}-\d{2})T", "$1 ")
@@ -240,7 +251,20 @@ def _parse_iso(text: pl.Series) -> pl.Series:
         .str.replace(r"^(.{10} [\d:.]+)$", "$1+00:00")
     )
     parsed = tidy.str.to_datetime("%Y-%m-%d %H:%M:%S%.f%z", strict=False, time_unit="us")
-    return parsed.dt.epoch("us") / 1e6
+    seconds = parsed.dt.epoch("us") / 1e6
+    left = text.set(seconds.is_not_null(), None)
+    if left.null_count() == len(left):
+        return seconds
+    return seconds.fill_null(left.map_elements(_python_iso, pl.Float64))
+
+
+def _python_iso(text: str) -> float | None:
+    """Seconds since 1970 of one date such as 2024-W05-3 or 20240131T101500+0100."""
+    try:
+        found = datetime.fromisoformat(text.upper())
+    except ValueError:
+        return None
+    return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
 
 
 def _is_text(column: pl.Series) -> bool:

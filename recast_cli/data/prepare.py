@@ -28,6 +28,7 @@ from recast_cli.errors import DataError, RecipeError
 from recast_cli.outputs import atomic_dir
 
 RL_ROWS = ("sft", "held-out")
+MAX_HISTORY = 100_000  # items; no model reads as many
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class Params:
     def __post_init__(self) -> None:
         if self.k_core < 0:
             raise RecipeError(f"k-core is {self.k_core}, needed 0 or more", "0 keeps every item")
-        if self.history < 1:
-            raise RecipeError(f"history is {self.history}, needed 1 or more", "20 is the default")
+        if not 1 <= self.history <= MAX_HISTORY:
+            raise RecipeError(f"history is {self.history}, needed 1 to {MAX_HISTORY}", "20 is the default")
         if self.rl_rows not in RL_ROWS:
             raise RecipeError(
                 f"rl-rows is {self.rl_rows!r}, needed one of {', '.join(RL_ROWS)}", "sft is the default"

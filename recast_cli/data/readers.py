@@ -6,6 +6,7 @@ Text formats are read without type guessing, so that the id "007" stays "007". F
 from __future__ import annotations
 
 import codecs
+import csv
 import gzip
 import io
 import json
@@ -69,6 +70,11 @@ def read_table(path: Path) -> pl.DataFrame:
     content = read_bytes(path, zipped)
     if not content.strip():
         raise DataError(f"{path} is empty", "needed a header or at least one record")
+    for start, true_kind in ((b"PAR1", ".parquet"), (b"\x1f\x8b", f"{kind}.gz")):
+        if kind != ".parquet" and content.startswith(start):
+            raise DataError(
+                f"{path} holds {true_kind}, its name says {kind}", f"rename it to end in {true_kind}"
+            )
     if kind != ".parquet":
         _check_encoding(path, content)
     try:
@@ -131,13 +137,30 @@ def _explain(path: Path, kind: str, content: bytes, exc: Exception) -> DataError
             problem = _json_problem(line)
             if problem:
                 return DataError(f"{path} line {number}: {problem}", "needed one JSON object a line")
-    elif "more fields" in first_line:
-        return DataError(
-            f"{path} has a row with more fields than its header", "quote fields that hold the separator"
-        )
-    elif first_line.startswith("could not parse"):
-        return DataError(f"{path} has a quote that is never closed", "close or double the quote character")
+    elif kind in (".csv", ".tsv"):
+        problem = _csv_problem(content.decode("utf-8-sig"), "," if kind == ".csv" else "\t")
+        if problem:
+            return DataError(
+                f"{path} {problem}",
+                'quote a field that holds the separator, a line break or a quote, and write that quote as ""',
+            )
     return DataError(f"{path} cannot be read as {kind[1:]}: {first_line}", "check the file")
+
+
+def _csv_problem(text: str, separator: str) -> str:
+    """The first line that breaks the rules of csv, and how; empty if none does."""
+    reader, line = csv.reader(io.StringIO(text), delimiter=separator, strict=True), 1
+    try:
+        width = len(next(reader))
+        line = reader.line_num + 1
+        for record in reader:
+            if len(record) > width:
+                return f"line {line} has {len(record)} fields, the header {width}"
+            line = reader.line_num + 1
+    except csv.Error as exc:
+        words = "a quote that is never closed" if "end of data" in str(exc) else str(exc)
+        return f"line {line}: {words}"
+    return ""
 
 
 def _json_problem(line: bytes) -> str:

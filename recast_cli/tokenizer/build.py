@@ -30,6 +30,7 @@ from recast_cli.tokenizer.collisions import Resolution, resolve_collisions
 from recast_cli.tokenizer.inputs import read_interactions, read_items, training_events
 
 EMBEDDINGS = ("text", "cooccurrence", "text+cooccurrence")
+MAX_HIDDEN_SIZE, MAX_LAYERS = 8192, 128  # above it is a slip of the finger, and no memory holds it
 
 Progress = Callable[[int], None]
 
@@ -77,12 +78,13 @@ class TokenizerParams:
             raise RecipeError(
                 f"dimensions is {self.num_dimensions}, needed 0 (keep all) or more", "for example 32"
             )
-        if self.hidden_size < 64 or self.hidden_size % 64:
+        if not 64 <= self.hidden_size <= MAX_HIDDEN_SIZE or self.hidden_size % 64:
             raise RecipeError(
-                f"hidden size is {self.hidden_size}, needed a multiple of 64", "for example 128"
+                f"hidden size is {self.hidden_size}, needed a multiple of 64 up to {MAX_HIDDEN_SIZE}",
+                "for example 128",
             )
-        if self.num_layers < 1:
-            raise RecipeError(f"layers is {self.num_layers}, needed at least 1", "for example 4")
+        if not 1 <= self.num_layers <= MAX_LAYERS:
+            raise RecipeError(f"layers is {self.num_layers}, needed 1 to {MAX_LAYERS}", "for example 4")
         if not 0 <= self.seed < 2**31 - quantize.MAX_LEVELS:  # faiss takes 32 bits; level l adds l
             raise RecipeError(
                 f"seed is {self.seed}, needed 0 to {2**31 - quantize.MAX_LEVELS - 1}", "for example 0"

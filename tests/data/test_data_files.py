@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
 
 import polars as pl
@@ -90,6 +90,12 @@ def test_column_map(csv_files: tuple[Path, Path]) -> None:
     assert tables.items["text"].to_list()[0] == "Alpha | Action"
 
 
+def test_a_column_mapped_twice() -> None:
+    with pytest.raises(RecipeError, match="has timestamp=a and timestamp=b, needed one of them"):
+        parse_columns("timestamp=a,timestamp=b")
+    assert parse_columns("timestamp=a,timestamp=a").timestamp == "a"
+
+
 @pytest.mark.parametrize("text", ["user=who", "user_id", "user_id=", "=x"])
 def test_bad_column_map(text: str) -> None:
     with pytest.raises(RecipeError, match="needed ours=theirs"):
@@ -106,6 +112,11 @@ def test_bad_column_map(text: str) -> None:
         ("2024-01-01T01:00:00+01:00", NEW_YEAR_2024),
         ("2024-01-01T01:00-0100", NEW_YEAR_2024 + 7200),
         ("2024-01-01 00:00:00.25", NEW_YEAR_2024 + 0.25),
+        ("2024-W01-1", NEW_YEAR_2024),  # the first week of 2024 begins on New Year's Day
+        ("20240101T000001Z", NEW_YEAR_2024 + 1),
+        ("2024-01-01 02:00+01", NEW_YEAR_2024 + 3600),
+        ("2024-01-01t00:00:00z", NEW_YEAR_2024),
+        ("20240101", 20240101.0),  # a number is a number
         (" 12.5 ", 12.5),
         ("1e9", 1e9),
         ("NaN", None),
@@ -128,6 +139,22 @@ def test_typed_timestamps() -> None:
     assert parse_timestamps(floats, "t")[0].to_list() == [1.5, None, None, None]
 
 
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([True], "Boolean"),
+        ([b"1"], "Binary"),
+        ([timedelta(days=1)], r"Duration\(.*\)"),
+        ([time(1, 2)], "Time"),
+        ([[1]], r"List\(Int64\)"),
+        ([{"a": 1}], r"Struct\(.*\)"),
+    ],
+)
+def test_a_column_that_is_no_time(values: list[object], kind: str) -> None:
+    with pytest.raises(DataError, match=f"column 'when' holds {kind}, needed numbers, dates or ISO 8601"):
+        parse_timestamps(pl.Series("when", values), "log.parquet")
+
+
 def test_numbers_and_dates_cannot_be_mixed() -> None:
     with pytest.raises(DataError, match=r"mixes numbers \(17\) and dates \(2024-01-01\)"):
         parse_timestamps(pl.Series("timestamp", ["2024-01-01", "17"]), "log.csv")
@@ -145,8 +172,11 @@ HEAD = b"user_id,item_id,timestamp\n"
         ("log.csv", HEAD + b"u,caf\xe9,1\n", "is not UTF-8: byte 0xe9 in line 2"),
         ("log.csv", "us\xe9r,item_id\nu,1\n".encode("latin-1"), "is not UTF-8: byte 0xe9 in line 1"),
         ("log.csv", (HEAD.decode() + "u,1,1\n").encode("utf-16"), "is UTF-16, needed UTF-8"),
-        ("log.csv", HEAD + b"u,1,1,7\n", "a row with more fields than its header"),
-        ("log.csv", HEAD + b'"u,1,1\nu,2,2\n', "a quote that is never closed"),
+        ("log.csv", HEAD + b"u,1,1\nu,1,1,7\n", "line 3 has 4 fields, the header 3"),
+        ("log.csv", HEAD + b'"u,1,1\nu,2,2\n', "line 2: a quote that is never closed"),
+        ("log.csv", HEAD + b'"u\nv",1,1\n"ab"c,1,1\n', r"line 4: ',' expected after '\"'"),
+        ("log.csv", b"PAR1 and so on", r"holds \.parquet, its name says \.csv"),
+        ("log.jsonl", gzip.compress(b"{}\n"), r"holds \.jsonl\.gz, its name says \.jsonl"),
         ("log.csv", b"user,item_id,timestamp\nu,1,1\n", r"no column 'user_id' \(found: user, item_id,"),
         ("log.csv.gz", gzip.compress(HEAD + b"u,1,1\n" * 99)[:-9], "is not a whole gzip file"),
         ("log.csv.gz", HEAD, "is not a whole gzip file"),

@@ -234,7 +234,8 @@ def test_empty_k_core_is_an_error(make_source: Sources, tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"k_core": -1}, "k-core is -1, needed 0 or more"),
-        ({"history": 0}, "history is 0, needed 1 or more"),
+        ({"history": 0}, "history is 0, needed 1 to 100000"),
+        ({"history": 10**12}, "history is 1000000000000, needed 1 to 100000"),
         ({"rl_rows": "all"}, "rl-rows is 'all', needed one of sft, held-out"),
         ({"held_out_share": 1.0}, "held-out-share is 1.0, needed above 0 and below 1"),
     ],

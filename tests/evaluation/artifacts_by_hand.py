@@ -74,12 +74,14 @@ def write_dataset(folder: Path, sequences: Sequences, num_items: int, history: i
         folder,
         "dataset",
         seed=0,
-        num_users=len(users),
-        num_items=num_items,
-        num_interactions=len(events),
-        rows={},
-        params={"history": history, "rl_rows": "sft"},
-        source={"name": "by-hand", "sha256": ""},
+        **whole(
+            "dataset",
+            num_users=len(users),
+            num_items=num_items,
+            num_interactions=len(events),
+            params={"history": history, "rl_rows": "sft"},
+            source={"name": "by-hand", "sha256": ""},
+        ),
     )
 
 

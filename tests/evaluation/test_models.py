@@ -32,6 +32,7 @@ def test_a_copy_of_the_tokenizers_model_is_a_start(write: Write, tmp_path: Path)
         ("chat_template.jinja", None, None, "has another chat template than"),
         ("chat_template.jinja", "messages", "messages[1:]", "has another chat template than"),
         ("config.json", None, None, "has no config.json"),
+        ("model.safetensors", None, None, r"has no weights \(\*\.safetensors or"),
     ],
 )
 def test_a_model_that_would_read_prompts_otherwise_is_refused(

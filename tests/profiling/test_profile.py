@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -53,6 +54,23 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert done.returncode == 0, done.stderr
     (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
     return folder
+
+
+def test_a_place_inside_an_input_is_refused(workspace: Path) -> None:
+    done = recast(workspace, "profile", "recipe.yaml", "--out", "data/profile")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[0] == "error: --out data/profile lies inside data= data"
+    assert not (workspace / "data" / "profile").exists()
+
+
+def test_weights_that_cannot_be_read_leave_no_folder(workspace: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(workspace / "tokenizer" / "model", tmp_path / "model")
+    (model / "model.safetensors").write_bytes(b"no weights")
+    out = tmp_path / "out"
+    done = recast(workspace, "profile", "recipe.yaml", "--model", str(model), "--out", str(out))
+    assert done.returncode == 2, done.stderr
+    assert f"error: {model} cannot be loaded" in done.stderr
+    assert not out.exists()
 
 
 @pytest.mark.verl

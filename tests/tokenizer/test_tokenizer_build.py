@@ -154,6 +154,8 @@ def test_files_of_the_hook_are_in_the_manifest(
         ({"cooccurrence_weight": float("nan")}, "weight is nan"),
         ({"num_dimensions": -1}, "dimensions is -1"),
         ({"hidden_size": 96}, "hidden size is 96"),
+        ({"hidden_size": 64_000}, "hidden size is 64000, needed a multiple of 64 up to 8192"),
+        ({"num_layers": 1000}, "layers is 1000, needed 1 to 128"),
         ({"num_layers": 0}, "layers is 0"),
         ({"seed": -1}, "seed is -1"),
     ],

@@ -36,6 +36,6 @@ def write_dataset(
         rows += [(f"u{user:03d}", ids[item], float(place), place) for place, item in enumerate(sequence)]
     schema = {"user_id": pl.String, "item_id": pl.String, "timestamp": pl.Float64, "position": pl.Int32}
     pl.DataFrame(rows, schema=schema, orient="row").write_parquet(folder / "interactions.parquet")
-    facts = whole("dataset", num_users=60, num_items=num_items, params={"history": history})
-    write_manifest(folder, "dataset", seed=0, num_interactions=len(rows), **facts)
+    facts = {"num_users": 60, "num_items": num_items, "num_interactions": len(rows)}
+    write_manifest(folder, "dataset", seed=0, **whole("dataset", params={"history": history}, **facts))
     return folder
