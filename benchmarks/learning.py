@@ -1,6 +1,6 @@
 """Does RL raise the target's probability where the truth is known?
 
-On the synthetic generator, with RL rows that SFT has not seen: an early warm start (two epochs at a constant
+On the synthetic generator, with RL rows that SFT has not seen: an early warm start (four epochs at a constant
 learning rate, so that it is neither converged nor annealed), then each arm for the same number of updates on
 the same prompts. Reported per arm: change against the warm start on validation, over all users and seeds,
 with a paired bootstrap interval, and per seed.
@@ -66,12 +66,12 @@ ARMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 def options_of(
     *,
-    users: int = 2000,
-    items: int = 50,
+    users: int = 3000,
+    items: int = 100,
     steps: int = 30,
     prompts: int = 64,
     learning_rate: float = 1e-4,
-    epochs: int = 2,
+    epochs: int = 4,
 ) -> dict[str, Any]:
     """Sizes of a study."""
     return {
@@ -92,7 +92,7 @@ def prepare_inputs(out: Path, seed: int, users: int, items: int) -> tuple[Path, 
     """Synthetic dataset with held-out RL rows, and its tokenizer; made once."""
     data, tokenizer = out / "data", out / "tokenizer"
     if not data.exists():
-        config = synthetic.SyntheticConfig(num_users=users, num_items=items, sparsity=0.7, seed=seed)
+        config = synthetic.SyntheticConfig(num_users=users, num_items=items, sparsity=0.9, seed=seed)
         params = Params(rl_rows="held-out", held_out_share=0.4, history=8)
         prepare(synthetic.source(config), params, data, seed=seed)
     if not tokenizer.exists():
@@ -237,7 +237,7 @@ def main() -> None:
     parser.add_argument("--result", type=Path, default=RESULT)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    for name, default in (("users", 2000), ("items", 50), ("steps", 30), ("prompts", 64), ("epochs", 2)):
+    for name, default in (("users", 3000), ("items", 100), ("steps", 30), ("prompts", 64), ("epochs", 4)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     arguments = parser.parse_args()
