@@ -68,6 +68,7 @@ test-demo: setup ## what demo-short left behind, and that a second run reuses it
 	@$(BIN)/python -m pytest -m demo $(PYTEST_ARGS)
 
 lint: setup ## ruff and mypy
+	@echo 'ruff and mypy (a minute the first time)'
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy

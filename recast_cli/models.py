@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,32 +100,12 @@ def load_model(model_dir: Path, vocab_size: int, device: str) -> Any:
         ArtifactError: no model there, fewer embedding rows than the tokenizer has tokens, or weights
             that are not finite.
     """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    hint = "name a Hugging Face folder with config.json and safetensors"
-    if not (model_dir / "config.json").is_file():
-        raise ArtifactError(f"no model in {model_dir} (config.json not found)", hint)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        # float32 on the CPU, where half precision is slow; the stored type elsewhere.
-        dtype = torch.float32 if device == "cpu" else "auto"
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
-        model, info = loaded
-    except MemoryError:
-        raise
-    except Exception as exc:  # a config can make transformers raise anything
-        raise ArtifactError(
-            f"{model_dir} cannot be loaded: {' '.join(str(exc).split())[:300]}", hint
-        ) from exc
-    finally:
-        logging.set_verbosity(verbosity)
-    if missing := sorted(info["missing_keys"]):  # transformers draws them at random
-        raise ArtifactError(f"{model_dir} lacks weights: {', '.join(missing[:3])}", hint)
+    # float32 on the CPU, where half precision is slow; the stored type elsewhere.
+    model = load_causal_lm(
+        model_dir,
+        torch.float32 if device == "cpu" else "auto",
+        hint="name a Hugging Face folder with config.json and safetensors",
+    )
     _require_rows(model_dir, model.get_input_embeddings().weight.shape[0], vocab_size)
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
@@ -132,6 +114,51 @@ def load_model(model_dir: Path, vocab_size: int, device: str) -> Any:
                 "name an earlier checkpoint, or train again with a lower learning rate",
             )
     return model.to(device).eval()
+
+
+def load_causal_lm(folder: Path, dtype: torch.dtype | str, *, hint: str) -> Any:
+    """A causal LM of transformers, with all its weights.
+
+    Args:
+        dtype: Of the weights; `auto` is the stored one.
+        hint: Of the errors.
+
+    Raises:
+        ArtifactError: no model there, one that does not load, or one that lacks weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if not (folder / "config.json").is_file():
+        raise ArtifactError(f"no model in {folder} (config.json not found)", hint)
+    try:
+        with quiet_loading():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, output_loading_info=True
+            )
+    except MemoryError:
+        raise
+    except Exception as exc:  # a config can make transformers raise anything
+        raise ArtifactError(f"{folder} cannot be loaded: {' '.join(str(exc).split())[:300]}", hint) from exc
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):  # transformers draws them at random
+        raise ArtifactError(f"{folder} lacks weights: {', '.join(missing[:3])}", hint)
+    return model
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keep Hugging Face's progress bars and warnings off stderr: commands show their own."""
+    from transformers.utils import logging
+
+    verbosity, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()
 
 
 def model_facts(model_dir: Path, model: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 
 from recast_cli.commands.demo import COLUMNS, CUT, run_lanes, table_rows
+from recast_cli.console import print_table
 from recast_cli.demo import ARMS, Layout, commands, is_current, peak_memory, summarise
 from recast_cli.errors import EnvironmentFault
 from recast_cli.recipe import load_recipe
@@ -160,6 +161,19 @@ def test_one_table_holds_metrics_signal_and_cost(layout):
     assert rows["no hit, after repair"] == ["", 0.25, None, "", "", ""]
     assert rows["update: 12.0x less"] == ["", 6.0, 6.0, "", "", ""]
     assert "reference: 1.0x less" not in rows and "peak memory: 3.0x less" in rows
+
+
+def test_the_table_fits_a_terminal_of_80_columns(layout, capsys):
+    summary = summarise(layout)
+    for arm in ARMS:
+        summary["evaluation"][arm]["target_log_prob"] = -6.0230
+    for name in ("old_log_prob", "ref_log_prob", "actor_update"):
+        summary["cost"]["ratio"][name] = 12.3
+        summary["cost"]["seconds"]["stock"][name] = summary["cost"]["seconds"]["recast"][name] = 12.3456
+    print_table("", ["", *COLUMNS.values()], table_rows(summary))
+    lines = capsys.readouterr().out.splitlines()
+    assert any("-6.0230" in line for line in lines) and any("12.3456" in line for line in lines)
+    assert max(len(line.rstrip()) for line in lines) <= 80
 
 
 def test_commands_walk_the_data_flow_and_their_recipes_load(tmp_path):

@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from recast_cli.demo import Command, Lane
 
 COLUMNS = {
-    "warm_start": "warm start",
+    "warm_start": "start",
     "rl": "ReCast",
     "grpo": "GRPO",
     "sft_continued": "more SFT",
-    "popularity": "popularity",
-    "item_knn": "item-kNN",
-}
+    "popularity": "popular",
+    "item_knn": "kNN",
+}  # short, as the labels below: the table has to fit 80 columns
 KEPT = ("hr@10", "ndcg@10")  # of the lists that may name items of the history again
 METRICS = {"hr@1": "hr@1", "hr@10": "hr@10", "ndcg@10": "ndcg@10", "target log-prob": "target_log_prob"}
 SIGNAL = {
@@ -73,7 +73,7 @@ def demo(
         if arguments[0] == "train" and (reason := why_stale(arguments)):
             note(f"{reason}: made again")
             arguments = [*arguments, "--overwrite"]
-        note(f"\n$ recast {shlex.join(arguments)}   [{time.monotonic() - started:.0f} s]")
+        note(f"\n$ recast {shlex.join(arguments)}   [after {time.monotonic() - started:.0f} s]")
         if arguments[0] in ("evaluate", "profile"):
             measured = True  # not |=, which two lanes may interleave
         return arguments
@@ -190,7 +190,7 @@ def table_rows(summary: dict[str, Any]) -> list[list[Any]]:
     for name in KEPT:
         rows.append(row(f"  {name}", **{arm: values.get(name) for arm, values in kept.items()}))
     recast, stock = summary["signal"], summary["signal_grpo"]
-    rows += [row(""), row("groups of rollouts, share with")]
+    rows += [row(""), row("share of groups with")]
     for label, name in SIGNAL.items():
         rows.append(row(f"  {label}", rl=recast[name], grpo=stock.get(name)))
     cost = summary["cost"]

@@ -12,7 +12,7 @@ def doctor(
 ) -> None:
     """Check versions, device, data cache and the plugin inside verl, and say what to do.
 
-    Takes some seconds: only a child process that imports verl can tell whether the plugin is registered.
+    Takes up to a minute: only a child process that imports verl can tell whether the plugin is registered.
 
     Exit code 0, or 2 when a finding is an error. Warnings do not change it.
 
@@ -50,9 +50,10 @@ def _examine() -> dict[str, Any]:
     import os
     from pathlib import Path
 
-    from recast_cli import environment, host
+    from recast_cli import console, environment, host
     from recast_cli.probe import probe_plugin
 
+    console.note("importing verl in a child process, to see whether the plugin is registered")
     cores, memory, probed = host.cpu_count(), host.memory_bytes(), probe_plugin()
     try:
         from recast_cli.data import movielens

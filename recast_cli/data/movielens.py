@@ -33,8 +33,9 @@ FILES_SHA256 = {
 
 
 def cache_dir() -> Path:
-    """Where fetched files are kept: `$RECAST_CACHE`, else `~/.cache/recast`."""
-    place = os.environ.get("RECAST_CACHE") or "~/.cache/recast"
+    """Where fetched files are kept: `$RECAST_CACHE`, else `recast` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    place = os.environ.get("RECAST_CACHE") or f"{home}/recast"
     try:
         return Path(place).expanduser()
     except RuntimeError as exc:

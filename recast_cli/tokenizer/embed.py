@@ -6,8 +6,7 @@ N items, D width, T tokens of a text, U users, E training events.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,20 +34,6 @@ def minilm_folder() -> Path:
     return folder
 
 
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Keep Hugging Face's own progress bars off stderr: the command shows one of its own."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 def embed_texts(
     texts: Sequence[str],
     model_folder: Path,
@@ -69,6 +54,8 @@ def embed_texts(
     """
     import torch
     from transformers import AutoModel, AutoTokenizer
+
+    from recast_cli.models import quiet_loading
 
     empty = [row for row, text in enumerate(texts) if not text or not text.strip()]
     if empty or not texts:

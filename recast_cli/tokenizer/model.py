@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recast_cli.errors import ArtifactError
-from recast_cli.tokenizer.embed import quiet_loading
 from recast_cli.tokenizer.vocabulary import add_semantic_ids
 from recast_cli.vocabulary import Vocabulary
 
@@ -145,29 +144,21 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 
 
 def _load_base(base: Path) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    from recast_cli.models import load_causal_lm, quiet_loading
 
     hint = "--base-model takes a local folder with config.json, weights and tokenizer files"
-    if not (base / "config.json").is_file():
-        raise ArtifactError(f"no Hugging Face model in {base} (config.json not found)", hint)
+    model = load_causal_lm(base, "auto", hint=hint)
     if not any((base / name).is_file() for name in TOKENIZER_FILES):  # transformers would invent one
         raise ArtifactError(f"no tokenizer in {base}, needed one of {', '.join(TOKENIZER_FILES)}", hint)
     try:
         with quiet_loading():
-            tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                base, local_files_only=True, dtype="auto", output_loading_info=True
-            )
-    except MemoryError:
-        raise
-    except Exception as exc:  # a config can make transformers raise anything
+            return model, AutoTokenizer.from_pretrained(base, local_files_only=True)
+    except Exception as exc:  # a file can make transformers raise anything
         raise ArtifactError(
-            f"{base} cannot be loaded as a causal LM: {' '.join(str(exc).split())[:300]}", hint
+            f"the tokenizer in {base} cannot be loaded: {' '.join(str(exc).split())[:300]}", hint
         ) from exc
-    model, info = loaded
-    if missing := sorted(info["missing_keys"]):  # transformers draws them at random
-        raise ArtifactError(f"{base} lacks weights: {', '.join(missing[:3])}", hint)
-    return model, tokenizer
 
 
 def _input_table(model: Any) -> torch.Tensor:
@@ -193,6 +184,8 @@ def _save(
     chat_template: str,
 ) -> ModelFacts:
     from transformers import GenerationConfig
+
+    from recast_cli.models import quiet_loading
 
     tokenizer.chat_template = chat_template
     # No sampling settings: a checkpoint's own would leak into constrained search.
