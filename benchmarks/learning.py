@@ -12,6 +12,9 @@ actor trains the full-vocabulary policy: `catalogue_mass` is the log of the prob
 any item at all, `log_prob_in_catalogue` the target's log-prob among the items. And `level_1` ... are the
 log-probs of the target's codes, each given the codes before it.
 
+`best_temperature` says how well a warm start is calibrated: the softmax temperature over the items at which
+its targets are likeliest. Above 1 it is too sure of itself, and sharpening can only cost log-prob.
+
 A finished part is reused, so that an interrupted study goes on where it stopped.
 """
 
@@ -27,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import polars.selectors as cs
 
 import recast_cli.main  # noqa: F401  its OpenMP policy, which torch reads when it is imported
 from recast_cli.core.ranking import ndcg_of_rank, paired_bootstrap
@@ -46,6 +50,7 @@ from recast_cli.training.inputs import Inputs
 
 RESULT = Path(__file__).parent / "results" / "learning.json"
 LEVELS, CODES = 3, 8
+TEMPERATURES = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4, 1.7, 2.0)
 METRICS = (
     "target_log_prob",
     "ndcg@10",
@@ -68,6 +73,7 @@ def options_of(
     *,
     users: int = 3000,
     items: int = 100,
+    sparsity: float = 0.9,
     steps: int = 30,
     prompts: int = 64,
     learning_rate: float = 1e-4,
@@ -77,6 +83,7 @@ def options_of(
     return {
         "users": users,
         "items": items,
+        "sparsity": sparsity,
         "warm_start": {"epochs": epochs, "batch_size": 32, "learning_rate": 1e-3},
         "rl": {
             "steps": steps,
@@ -88,11 +95,11 @@ def options_of(
     }
 
 
-def prepare_inputs(out: Path, seed: int, users: int, items: int) -> tuple[Path, Path]:
+def prepare_inputs(out: Path, seed: int, users: int, items: int, sparsity: float) -> tuple[Path, Path]:
     """Synthetic dataset with held-out RL rows, and its tokenizer; made once."""
     data, tokenizer = out / "data", out / "tokenizer"
     if not data.exists():
-        config = synthetic.SyntheticConfig(num_users=users, num_items=items, sparsity=0.9, seed=seed)
+        config = synthetic.SyntheticConfig(num_users=users, num_items=items, sparsity=sparsity, seed=seed)
         params = Params(rl_rows="held-out", held_out_share=0.4, history=8)
         prepare(synthetic.source(config), params, data, seed=seed)
     if not tokenizer.exists():
@@ -133,7 +140,7 @@ def recipe_for(
 
 
 def users_of(model: Path, data: Path, tokenizer: Path, cache: Path) -> pl.DataFrame:
-    """`METRICS` of every validation user; NDCG@10 with the history removed."""
+    """`METRICS` of every validation user, NDCG@10 with the history removed, and `log_prob_at_T`."""
     weights = model / "model.safetensors"
     if not cache.exists() or cache.stat().st_mtime < weights.stat().st_mtime:
         users = evaluate_model(model, tokenizer, data, "validation", modes=("history_removed",)).users
@@ -146,11 +153,12 @@ def users_of(model: Path, data: Path, tokenizer: Path, cache: Path) -> pl.DataFr
     return users.with_columns(
         pl.Series("ndcg@10", ndcg_of_rank(rank_U, 10)),
         log_prob_in_catalogue=pl.col("target_log_prob") - pl.col("catalogue_mass"),
-    ).select("index", *METRICS)
+    ).select("index", *METRICS, cs.starts_with("log_prob_at_"))
 
 
 def probabilities(model: Path, data: Path, tokenizer: Path) -> pl.DataFrame:
-    """Per validation user: log of all items' summed probability, and the target's log-prob level by level."""
+    """Per validation user: log of all items' summed probability, the target's log-prob level by level, and
+    its log-prob among the items at each temperature."""
     recommender = Recommender.load(model, tokenizer, data)
     rows = pl.read_parquet(tokenizer / "verl" / "validation.parquet")
     prompts = recommender.encode(rows["prompt"].to_list())
@@ -163,11 +171,16 @@ def probabilities(model: Path, data: Path, tokenizer: Path) -> pl.DataFrame:
     found = [recommender.answer(prompts[chunk], width, [None], codes_UL[chunk]) for chunk in chunks]
     scores_UN = np.concatenate([ranked.scores_BW for (ranked,), _ in found])
     log_probs_UL = np.concatenate([log_probs_BL for _, log_probs_BL in found])
+    target_U = log_probs_UL.sum(1)
     return pl.DataFrame(
         {
             "index": rows["extra_info"].struct.field("index"),
             "catalogue_mass": np.logaddexp.reduce(scores_UN, axis=1),
             **{f"level_{level + 1}": log_probs_UL[:, level] for level in range(LEVELS)},
+            **{
+                f"log_prob_at_{t}": target_U / t - np.logaddexp.reduce(scores_UN / t, axis=1)
+                for t in TEMPERATURES
+            },
         }
     )
 
@@ -181,7 +194,8 @@ def train_warm_start(recipe: Recipe, inputs: Inputs) -> None:
 def run_seed(out: Path, seed: int, arms: list[str], options: dict[str, Any]) -> dict[str, pl.DataFrame]:
     """Per-user values of the warm start and of every arm."""
     folder = out / f"seed-{seed}"
-    data, tokenizer = prepare_inputs(folder, seed, options["users"], options["items"])
+    sizes = (options[name] for name in ("users", "items", "sparsity"))
+    data, tokenizer = prepare_inputs(folder, seed, *sizes)
     tables: dict[str, pl.DataFrame] = {}
     for arm in arms:
         recipe = recipe_for(folder, data, tokenizer, seed, arm, options)
@@ -199,6 +213,11 @@ def run_seed(out: Path, seed: int, arms: list[str], options: dict[str, Any]) -> 
         tables[arm] = users_of(Path(recipe.out) / "model", data, tokenizer, cache)
         print(f"seed {seed} {arm}: {difference(tables, arm, 'target_log_prob')}", flush=True)
     return tables
+
+
+def best_temperature(users: pl.DataFrame) -> float:
+    """Of `TEMPERATURES`, the one at which the targets are likeliest on average."""
+    return max(TEMPERATURES, key=lambda t: float(np.mean(users[f"log_prob_at_{t}"].to_numpy())))
 
 
 def difference(tables: dict[str, pl.DataFrame], arm: str, metric: str) -> list[float]:
@@ -220,7 +239,8 @@ def study(out: Path, seeds: list[int], arms: list[str], options: dict[str, Any])
         "warm_start": {
             metric: [float(np.mean(tables["warm start"][metric].to_numpy())) for tables in found]
             for metric in METRICS
-        },
+        }
+        | {"best_temperature": [best_temperature(tables["warm start"]) for tables in found]},
         "difference": {arm: {metric: difference(pooled, arm, metric) for metric in METRICS} for arm in arms},
         "per_seed": {
             arm: {metric: [difference(tables, arm, metric) for tables in found] for metric in METRICS}
@@ -239,9 +259,10 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     for name, default in (("users", 3000), ("items", 100), ("steps", 30), ("prompts", 64), ("epochs", 4)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     arguments = parser.parse_args()
-    names = ("users", "items", "steps", "prompts", "learning_rate", "epochs")
+    names = ("users", "items", "sparsity", "steps", "prompts", "learning_rate", "epochs")
     facts: dict[str, Any] = {
         "command": " ".join(["python benchmarks/learning.py", *sys.argv[1:]]),
         "git": git_state(),

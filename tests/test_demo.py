@@ -10,10 +10,10 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from recast_cli.commands.demo import COLUMNS, CUT, run_lanes, table_rows
+from recast_cli.commands.demo import COLUMNS, CUT, demo, run_lanes, table_rows
 from recast_cli.console import print_table
 from recast_cli.demo import ARMS, Layout, commands, is_current, peak_memory, summarise
-from recast_cli.errors import EnvironmentFault
+from recast_cli.errors import ArtifactError, EnvironmentFault
 from recast_cli.recipe import load_recipe
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "ml-100k"
@@ -174,6 +174,13 @@ def test_the_table_fits_a_terminal_of_80_columns(layout, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert any("-6.0230" in line for line in lines) and any("12.3456" in line for line in lines)
     assert max(len(line.rstrip()) for line in lines) <= 80
+
+
+@pytest.mark.parametrize("option", ["out", "data"])
+def test_a_file_in_the_place_of_a_folder_is_refused_at_once(tmp_path, option):
+    (tmp_path / "file").touch()
+    with pytest.raises(ArtifactError, match=f"--{option} {tmp_path / 'file'} is a file, needed a folder"):
+        demo(**{"out": tmp_path, "data": tmp_path, option: tmp_path / "file"})
 
 
 def test_commands_walk_the_data_flow_and_their_recipes_load(tmp_path):

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from recast_cli.errors import ArtifactError
+
 if TYPE_CHECKING:
     from recast_cli.demo import Command, Lane
 
@@ -59,6 +61,9 @@ def demo(
     from recast_cli.outputs import atomic_text
 
     out = out or Path("runs/demo-short" if short else "runs/demo")
+    for option, folder in (("--out", out), ("--data", data)):
+        if folder.exists() and not folder.is_dir():
+            raise ArtifactError(f"{option} {folder} is a file, needed a folder", "choose another name")
     recipes = Path(__file__).resolve().parents[2] / "recipes" / "ml-100k"
     layout = Layout(data=data, run=out, recipes=Path(os.path.relpath(recipes)))
     # One process per arm here; the benchmark repeats them (benchmarks/README.md).

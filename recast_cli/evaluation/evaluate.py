@@ -55,7 +55,7 @@ def evaluate_model(
         tokenizer_dir: Tokenizer artifact; its rendered prompts are used as they are.
         data_dir: Dataset artifact.
         split: `validation` (choose checkpoints and settings on it) or `test` (once).
-        beam_width: W; cutoffs above it, or above the number of items, are left out.
+        beam_width: W, at most the number of items; cutoffs above it are left out.
         modes: `history_removed`, `history_kept` or both; one alone costs less (choosing a checkpoint).
         baselines: Add popularity and item-kNN.
         max_users: Rows to draw by `seed`; None takes all.
@@ -70,6 +70,7 @@ def evaluate_model(
     """
     _check_options(beam_width, max_users, batch_tokens, modes)
     rows = load_split(data_dir, split, max_users=max_users, seed=seed)
+    beam_width = min(beam_width, rows.num_items)  # which is the whole catalogue, ranked
     recommender = Recommender.load(
         model_dir, tokenizer_dir, data_dir, token_budget=batch_tokens, device=device
     )
@@ -77,7 +78,7 @@ def evaluate_model(
     lists, given, log_probs_U = _model_lists(
         recommender, rows, prompts, answers_UL, beam_width, modes, progress
     )
-    cutoffs = [k for k in CUTOFFS if k <= min(beam_width, rows.num_items)]
+    cutoffs = [k for k in CUTOFFS if k <= beam_width]
     arms = {
         "model": {
             mode: _measure(rows, lists[mode], cutoffs, seed, given[mode], log_probs_U) for mode in modes

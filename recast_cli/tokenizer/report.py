@@ -168,7 +168,7 @@ def _draw_errors(axes: Any, errors_L: Sequence[float], facts: Mapping[str, Any])
     values = [*errors_L, final]
     bars = axes.bar(labels, values, color=[PALE] * len(errors_L) + [ACCENT], width=0.7)
     axes.bar_label(bars, [f"{value:.0%}" for value in values], fontsize=8, color=INK, padding=2)
-    axes.set_ylim(0, max(values) * 1.12)
+    axes.set_ylim(0, max(*values, 0.01) * 1.12)  # with a code for each item nothing is left
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.set_title(
         f"variance left after each level\ncosine to the embedding {facts['after']['mean_cosine']:.3f}",

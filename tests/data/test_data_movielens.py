@@ -91,6 +91,20 @@ def test_damaged_cache_is_fetched_again(wheel: Path, tmp_path: Path) -> None:
     assert list(copy.parent.iterdir()) == [copy]
 
 
+@pytest.mark.parametrize(
+    ("variables", "place"),
+    [
+        ({"RECAST_CACHE": "/own", "XDG_CACHE_HOME": "/xdg"}, "/own"),
+        ({"RECAST_CACHE": "", "XDG_CACHE_HOME": "/xdg"}, "/xdg/recast"),
+        ({"RECAST_CACHE": "", "XDG_CACHE_HOME": "", "HOME": "/me"}, "/me/.cache/recast"),
+    ],
+)
+def test_place_of_the_cache(variables: dict[str, str], place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert movielens.cache_dir() == Path(place)
+
+
 def only_from(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let pip see this folder and nothing else."""
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")

@@ -216,6 +216,12 @@ def test_removed_is_kept_without_the_history(write: Write) -> None:
     assert ranks.all()  # removing others never pushes the target down
 
 
+def test_a_wider_beam_than_the_catalogue_is_the_catalogue(by_hand: Folders) -> None:
+    wide, exact = run(by_hand, beam_width=10**12), run(by_hand, beam_width=6)  # of six items
+    assert wide.to_json()["beam_width"] == 6
+    assert wide.means() == exact.means()
+
+
 def test_one_mode_alone_gives_the_same_numbers(by_hand: Folders) -> None:
     both = run(by_hand, beam_width=6)
     one = run(by_hand, beam_width=6, modes=("history_removed",), baselines=True)

@@ -59,3 +59,13 @@ def test_quality_tells_before_from_after(tmp_path: Path) -> None:
     report.draw(tmp_path / "b.png", facts, resolved.codes_NL)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_code_for_each_item_leaves_nothing_to_draw(tmp_path: Path) -> None:
+    x_ND = np.array([[0.0], [1.0], [5.0]], dtype=np.float32)
+    codes = np.array([[0], [1], [2]])
+    resolved = resolve_collisions(x_ND, codes, (x_ND,))
+    facts = report.quality(x_ND, Quantization(codes, (x_ND,), (0.0,)), resolved)
+    assert facts["after"]["relative_error"] == 0
+    report.draw(tmp_path / "quality.png", facts, resolved.codes_NL)
