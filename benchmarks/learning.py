@@ -96,25 +96,24 @@ def options_of(
 
 
 def prepare_inputs(out: Path, seed: int, users: int, items: int, sparsity: float) -> tuple[Path, Path]:
-    """Synthetic dataset with held-out RL rows, and its tokenizer; made once."""
+    """Synthetic dataset with held-out RL rows, and its tokenizer; what is there already must be of these
+    sizes."""
     data, tokenizer = out / "data", out / "tokenizer"
-    if not data.exists():
-        config = synthetic.SyntheticConfig(num_users=users, num_items=items, sparsity=sparsity, seed=seed)
-        params = Params(rl_rows="held-out", held_out_share=0.4, history=8)
-        prepare(synthetic.source(config), params, data, seed=seed)
-    if not tokenizer.exists():
-        sizes = TokenizerParams(
-            codebook_sizes=(CODES,) * LEVELS,
-            embeddings="cooccurrence",
-            hidden_size=64,
-            num_layers=2,
-            seed=seed,
-        )
+    config = synthetic.SyntheticConfig(num_users=users, num_items=items, sparsity=sparsity, seed=seed)
+    params = Params(rl_rows="held-out", held_out_share=0.4, history=8)
+    prepare(synthetic.source(config), params, data, seed=seed)
+    sizes = TokenizerParams(
+        codebook_sizes=(CODES,) * LEVELS,
+        embeddings="cooccurrence",
+        hidden_size=64,
+        num_layers=2,
+        seed=seed,
+    )
 
-        def finish(scratch: Path) -> None:
-            render(data, scratch / "semantic_ids.parquet", scratch / "verl")
+    def finish(scratch: Path) -> None:
+        render(data, scratch / "semantic_ids.parquet", scratch / "verl")
 
-        build(data, tokenizer, sizes, chat_template=CHAT_TEMPLATE, finish=finish)
+    build(data, tokenizer, sizes, chat_template=CHAT_TEMPLATE, finish=finish)
     return data, tokenizer
 
 
