@@ -20,7 +20,7 @@ import typer
 
 from recast_cli import __version__
 from recast_cli.console import error, hint, note
-from recast_cli.errors import RecastError
+from recast_cli.errors import EnvironmentFault, RecastError
 
 # OpenMP threads that spin while they wait starve whatever else runs on the machine: two torch processes on
 # two cores become some fifty times slower. Read when torch is imported, and inherited by verl's processes.
@@ -170,12 +170,21 @@ def _mend_streams() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # which JSON reads back as the same text
 
 
+def _require_cwd() -> None:
+    """Raises EnvironmentFault in a folder that was removed, where libraries die without a word."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as exc:
+        raise EnvironmentFault("the working directory no longer exists", "change to another folder") from exc
+
+
 def main() -> None:
     """Entry point: run the command, word what went wrong, and exit with the matching code."""
     _mend_streams()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _terminate)
     try:
+        _require_cwd()
         # Typer catches Exit itself and returns its code; commands return nothing.
         result = app(_take_global_options(sys.argv[1:]), standalone_mode=False)
         sys.stdout.flush()

@@ -124,7 +124,7 @@ def load_causal_lm(folder: Path, dtype: torch.dtype | str, *, hint: str) -> Any:
         hint: Of the errors.
 
     Raises:
-        ArtifactError: no model there, one that does not load, or one that lacks weights.
+        ArtifactError: no model there, one that does not load, that lacks weights or a key-value cache.
     """
     from transformers import AutoModelForCausalLM
 
@@ -142,6 +142,12 @@ def load_causal_lm(folder: Path, dtype: torch.dtype | str, *, hint: str) -> Any:
     model, info = loaded
     if missing := sorted(info["missing_keys"]):  # transformers draws them at random
         raise ArtifactError(f"{folder} lacks weights: {', '.join(missing[:3])}", hint)
+    with torch.no_grad():
+        output = model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=True)
+    if getattr(output, "past_key_values", None) is None:  # an encoder, or a state-space model
+        raise ArtifactError(
+            f"{folder} is a {type(model).__name__}, needed a decoder with a key-value cache", hint
+        )
     return model
 
 

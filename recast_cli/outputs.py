@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -32,21 +33,35 @@ def _prefix(target: Path) -> str:
     return f".{target.name[:32]}."  # a name may have 255 bytes: leave room for what is appended
 
 
-SCRATCH = ".partial"  # ends the name of a scratch folder
+# Endings of hidden folders beside a target: what is being written, and what is being replaced.
+PARTIAL, REPLACED = ".partial", ".replaced"
+LOCKING_SECONDS = 2.0  # more than passes between making such a folder and locking it
+
+
+def _sweep(target: Path) -> None:
+    """Clear up after processes that were killed while they wrote `target`: nobody locks their folders."""
+    start = glob.escape(_prefix(target))
+    for left in (*target.parent.glob(f"{start}*{REPLACED}"), *target.parent.glob(f"{start}*{PARTIAL}")):
+        with contextlib.suppress(OSError), _locked(left):
+            if time.time() - left.stat().st_mtime < LOCKING_SECONDS:
+                continue  # its process may not have come to lock it yet
+            old = left / target.name
+            if left.suffix == REPLACED and not old.exists():
+                continue  # of another target, whose name starts alike
+            if left.suffix == REPLACED and not target.exists():  # killed between the two renames of _move
+                os.rename(old, target)
+            shutil.rmtree(left, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _scratch_folder(target: Path) -> Iterator[Path]:
-    """A new folder beside `target`, locked while its process lives; what killed processes left goes first."""
-    for left in target.parent.glob(f"{glob.escape(_prefix(target))}*{SCRATCH}"):
-        with contextlib.suppress(OSError), _locked(left):
-            shutil.rmtree(left, ignore_errors=True)
-    scratch = Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=SCRATCH, dir=target.parent))
+def _hidden_folder(target: Path, ending: str) -> Iterator[Path]:
+    """A new folder beside `target`, locked while its process lives and gone afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix=_prefix(target), suffix=ending, dir=target.parent))
     with contextlib.ExitStack() as stack:
-        stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # a disk without locks: then nobody sweeps it either
-            stack.enter_context(_locked(scratch))
-        yield scratch
+            stack.enter_context(_locked(folder))
+        yield folder
 
 
 @contextlib.contextmanager
@@ -82,12 +97,13 @@ def atomic_dir(target: Path, *, replace: bool = False) -> Iterator[Path]:
         raise ArtifactError(
             f"{target} is the working directory, needed another folder", "choose another --out"
         )
+    _sweep(target)
     if not replace:
         _refuse_content(target)
     with contextlib.ExitStack() as stack:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            scratch = stack.enter_context(_scratch_folder(target))
+            scratch = stack.enter_context(_hidden_folder(target, PARTIAL))
         except OSError as exc:
             raise EnvironmentFault(
                 f"cannot write in {target.parent}: {exc.strerror}", "choose another --out"
@@ -116,12 +132,12 @@ def _move(scratch: Path, target: Path) -> None:
     if not target.exists():
         os.rename(scratch, target)
         return
-    with _scratch_folder(target) as aside:
-        os.rename(target, aside / "old")
+    with _hidden_folder(target, REPLACED) as aside:
+        os.rename(target, aside / target.name)
         try:
             os.rename(scratch, target)
         except OSError:
-            os.rename(aside / "old", target)
+            os.rename(aside / target.name, target)
             raise
 
 

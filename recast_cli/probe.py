@@ -89,7 +89,7 @@ def probe_plugin(timeout: float = TIMEOUT_SECONDS) -> dict[str, Any]:
         `registered` (bool: all pieces resolve), `error` (the first reason, or None), `pieces`
         (name -> registered, and what it is or the error), `cuda` (name and memory of each device).
     """
-    command = [sys.executable, "-c", PROGRAM]
+    command = [sys.executable, "-P", "-c", PROGRAM]  # -P: not the verl.py of this folder
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=timeout, check=False, stdin=subprocess.DEVNULL

@@ -65,7 +65,7 @@ class WarmStart(Section):
 class RL(Section):
     """Reinforcement learning under verl. Defaults are the paper's where it states them."""
 
-    steps: Positive = 60
+    steps: Annotated[int, Field(ge=1, le=1_000_000)] = 60
     prompts_per_step: Positive = 16
     mini_batch_prompts: Positive | None = Field(
         None, description="prompts per update; default prompts_per_step"

@@ -129,15 +129,44 @@ def test_a_crash_half_way_leaves_the_old_one(tmp_path: Path) -> None:
 
 def test_the_next_one_sweeps_up_after_a_crash(tmp_path: Path) -> None:
     assert run_child(CRASH, tmp_path / "out").returncode == 9
+    (left,) = tmp_path.iterdir()
     other = tmp_path / ".out.notes"  # not ours: no scratch folder has this ending
     other.mkdir()
-    assert len(list(tmp_path.iterdir())) == 2
+    with outputs.atomic_dir(tmp_path / "out"):
+        assert left.exists()  # so young that its process might be about to lock it
+    (tmp_path / "out").rmdir()
+    os.utime(left, (1, 1))
     with outputs.atomic_dir(tmp_path / "out") as scratch:
         (scratch / "a.txt").write_text("a")
         # A second writer leaves the scratch folder of the first, who is alive, alone.
         with pytest.raises(KeyError), outputs.atomic_dir(tmp_path / "out"):
             raise KeyError
     assert tree(tmp_path) == {"out/a.txt": "a"} and other.is_dir()
+
+
+CRASH_IN_BETWEEN = """
+    import os, sys
+    from pathlib import Path
+    from recast_cli.outputs import atomic_dir
+    rename = os.rename
+    def stop_after(source, to):
+        rename(source, to)
+        os._exit(9)
+    with atomic_dir(Path(sys.argv[1]), replace=True) as scratch:
+        (scratch / "new.txt").write_text("new")
+        os.rename = stop_after
+"""
+
+
+def test_a_crash_between_the_renames_is_made_good(tmp_path: Path) -> None:
+    target = old_artifact(tmp_path / "out")
+    assert run_child(CRASH_IN_BETWEEN, target).returncode == 9
+    assert not target.exists()
+    for left in tmp_path.iterdir():
+        os.utime(left, (1, 1))
+    with pytest.raises(ArtifactError, match="already exists"), outputs.atomic_dir(target):
+        pytest.fail("the old one was lost")
+    assert tree(tmp_path) == {"out/old.txt": "old"}
 
 
 def test_the_old_one_comes_back_if_the_new_cannot_take_its_place(

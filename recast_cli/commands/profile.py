@@ -53,6 +53,7 @@ def profile(
         \b
         recast profile recipes/ml-100k/recast.yaml rl.max_tokens_per_micro_batch=2048 --json
     """
+    import dataclasses
     import json
 
     from recast_cli.console import note, print_json, progress
@@ -78,8 +79,10 @@ def profile(
     device, threads = placement.resolve_device(settings), placement.num_threads(settings)
     rows = draw_rows(inputs.tokenizer / "verl" / "rl.parquet", settings.rl.prompts_per_step, settings.seed)
     peak_flops = matmul_peak(device, threads) * settings.num_gpus
-    with _new_folder(out / "jobs") as jobs:
-        recording = _record(settings, inputs, start, rows, jobs)
+    with _new_folder(out / "jobs") as scratch:
+        recording = _record(settings, inputs, start, rows, scratch)
+    jobs = out / "jobs"
+    recording = dataclasses.replace(recording, path=jobs / recording.path.name)
     with progress("profile", 2 * repeats * stage.num_steps(steps)) as advance:
         launch = _launcher(settings, inputs, start, rows, steps, lambda _: advance(1))
         runs = stage.replay(recording, launch, jobs, steps=steps, repeats=repeats)
@@ -110,23 +113,22 @@ def profile(
 
 @contextlib.contextmanager
 def _new_folder(jobs: Path) -> Iterator[Path]:
-    """An empty folder in place of an earlier profile's; gone again if nothing comes of it.
+    """A folder that takes the place of an earlier profile's if all goes well, and leaves nothing if not.
 
     Raises:
-        ArtifactError: it is no folder of a profile.
+        ArtifactError: what is there is no folder of a profile.
     """
-    import shutil
+    from recast_cli.outputs import atomic_dir
 
     if jobs.exists() and not (jobs / MARKER).exists():
         raise ArtifactError(f"{jobs} is no folder of a profile", "choose another --out")
-    shutil.rmtree(jobs, ignore_errors=True)
-    jobs.mkdir(parents=True)
-    (jobs / MARKER).touch()
+    was_there = jobs.parent.exists()
     try:
-        yield jobs
+        with atomic_dir(jobs, replace=True) as scratch:
+            (scratch / MARKER).touch()
+            yield scratch
     except BaseException:
-        shutil.rmtree(jobs)
-        with contextlib.suppress(OSError):  # it holds something else
+        if not was_there:
             jobs.parent.rmdir()
         raise
 

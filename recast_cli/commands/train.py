@@ -62,8 +62,10 @@ def train(
         _show(settings, inputs, json_output=json_output)
         return
     placement.require_gpu(settings)
-    run.require_room(settings)  # before a warm start of minutes
     is_warm_start = settings.method.name == "sft"
+    run.require_room(settings)  # before a warm start of minutes, as the next
+    if not overwrite and not is_warm_start:
+        run.find(settings, inputs, None)
     model = _start_model(settings, inputs, overwrite=overwrite and is_warm_start)
     if is_warm_start:
         manifest = load_manifest(warm_start.folder_of(settings), "warm-start")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -154,7 +155,14 @@ def parse_columns(text: str | None, text_columns: str | None = None) -> ColumnMa
         if text_columns is not None
         else None
     )
-    return ColumnMap(**chosen, text=names)
+    columns = ColumnMap(**chosen, text=names)
+    if len({columns.user_id, columns.item_id, columns.timestamp}) < 3:
+        raise RecipeError(
+            f"--columns takes user_id, item_id and timestamp from {columns.user_id}, {columns.item_id} and "
+            f"{columns.timestamp}, needed three columns",
+            "name another column for one of them",
+        )
+    return columns
 
 
 def clean_ids(column: pl.Series, path: str) -> pl.Series:
@@ -235,6 +243,13 @@ def parse_timestamps(column: pl.Series, path: str) -> tuple[pl.Series, pl.Series
                     "convert the column to one kind",
                 )
             numbers = dates
+    inexact = text.filter((numbers.is_finite() & (numbers.abs() >= 2**53)).fill_null(False))
+    if len(inexact):
+        raise DataError(
+            f"{path} column {column.name!r} holds {inexact[0]}, needed numbers below 2^53, "
+            "which floats tell apart",
+            "write nanoseconds as microseconds, or as dates",
+        )
     return pl.select(pl.when(numbers.is_finite()).then(numbers).alias("timestamp")).to_series(), text
 
 
@@ -258,8 +273,13 @@ def _parse_iso(text: pl.Series) -> pl.Series:
     return seconds.fill_null(left.map_elements(_python_iso, pl.Float64))
 
 
+_ISO = re.compile(r"[-0-9W]+([T ][-+0-9:.,]+Z?)?")
+
+
 def _python_iso(text: str) -> float | None:
     """Seconds since 1970 of one date such as 2024-W05-3 or 20240131T101500+0100."""
+    if not _ISO.fullmatch(text.upper()):  # Python takes any letter for the T
+        return None
     try:
         found = datetime.fromisoformat(text.upper())
     except ValueError:

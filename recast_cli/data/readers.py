@@ -77,6 +77,8 @@ def read_table(path: Path) -> pl.DataFrame:
             )
     if kind != ".parquet":
         _check_encoding(path, content)
+        if b"\n" not in content:
+            content = content.replace(b"\r", b"\n")  # line ends of an old Macintosh
     try:
         frame = READERS[kind](content)
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as exc:

@@ -149,9 +149,10 @@ def _load_base(base: Path) -> tuple[Any, Any]:
     from recast_cli.models import load_causal_lm, quiet_loading
 
     hint = "--base-model takes a local folder with config.json, weights and tokenizer files"
-    model = load_causal_lm(base, "auto", hint=hint)
-    if not any((base / name).is_file() for name in TOKENIZER_FILES):  # transformers would invent one
+    found = any((base / name).is_file() for name in TOKENIZER_FILES)
+    if (base / "config.json").is_file() and not found:  # transformers would invent one
         raise ArtifactError(f"no tokenizer in {base}, needed one of {', '.join(TOKENIZER_FILES)}", hint)
+    model = load_causal_lm(base, "auto", hint=hint)
     try:
         with quiet_loading():
             return model, AutoTokenizer.from_pretrained(base, local_files_only=True)

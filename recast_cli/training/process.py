@@ -96,7 +96,7 @@ def _require_cluster(needed: int) -> None:
     )
     try:
         done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, timeout=90, check=True
+            [sys.executable, "-P", "-c", program], capture_output=True, text=True, timeout=90, check=True
         )
         found = int(done.stdout.split()[-1])
     except (subprocess.SubprocessError, ValueError, IndexError) as exc:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recast_cli.artifacts import load_manifest, weights_sha256, write_manifest
-from recast_cli.errors import ArtifactError, DataError
+from recast_cli.errors import ArtifactError, DataError, EnvironmentFault
 from recast_cli.outputs import atomic_text
 from recast_cli.provenance import git_state, versions
 from recast_cli.recipe import Recipe, dump_recipe
@@ -84,12 +85,25 @@ def job(recipe: Recipe, inputs: Inputs, model: Path, out: Path) -> tuple[list[st
 
 
 def require_room(recipe: Recipe) -> None:
-    """Refuse an `out` with files that are no run of ours: a run must not be mixed into them.
+    """Refuse an `out` with files that are no run of ours, or that cannot be made.
 
     Raises:
-        ArtifactError: naming one of them.
+        ArtifactError: naming a file that a run must not be mixed with, or the warm start in a run's way.
+        EnvironmentFault: the folder to make it in is no folder, or not writable.
     """
     out = Path(recipe.out)
+    start_dir = warm_start.folder_of(recipe).resolve()
+    taken = (out, *(out / name for name in FOLDERS))
+    if recipe.method.name != "sft" and start_dir in [path.resolve() for path in taken]:
+        raise ArtifactError(
+            f"warm_start.out {warm_start.folder_of(recipe)} is where the run in {out} writes, "
+            "needed another folder",
+            "leave warm_start.out out for one of its own",
+        )
+    place = next(path for path in (out.resolve(), *out.resolve().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        found = "cannot be written" if place.is_dir() else "is a file, needed a folder"
+        raise EnvironmentFault(f"out= {out}: {place} {found}", "choose another out=")
     if (out / "command.txt").exists() or not out.exists():
         return
     start = warm_start.folder_of(recipe).name
@@ -102,8 +116,11 @@ def require_room(recipe: Recipe) -> None:
         )
 
 
-def find(recipe: Recipe, inputs: Inputs, model: Path) -> dict[str, Any] | None:
+def find(recipe: Recipe, inputs: Inputs, model: Path | None) -> dict[str, Any] | None:
     """Manifest of a finished run of the same recipe, parents and start model in `recipe.out`, else None.
+
+    Args:
+        model: The start; None leaves it out, for a look before it is made.
 
     Raises:
         ArtifactError: the folder holds another run, one that did not finish, or other files.
@@ -122,7 +139,7 @@ def find(recipe: Recipe, inputs: Inputs, model: Path) -> dict[str, Any] | None:
         raise ArtifactError(
             f"{out} holds a run of another recipe or data", "pass --overwrite or choose another out="
         )
-    if manifest["start"]["sha256"] != weights_sha256(model):
+    if model is not None and manifest["start"]["sha256"] != weights_sha256(model):
         raise ArtifactError(
             f"{out} holds a run that started from another model than {model}",
             "pass --overwrite or choose another out=",

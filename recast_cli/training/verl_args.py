@@ -225,7 +225,7 @@ def _trainer_options(recipe: Recipe, out: Path) -> dict[str, Any]:
         "trainer.nnodes": 1,
         "hydra.run.dir": HYDRA_DIR,
     }
-    if "RAY_ADDRESS" in os.environ:  # a cluster that runs already has its own size, Ray refuses another
+    if os.environ.get("RAY_ADDRESS"):  # a cluster that runs already has its own size, Ray refuses another
         return options | {"ray_kwargs.ray_init.num_cpus": None}
     options |= {
         # A Ray of the job's own, also where somebody has started another on this machine.
