@@ -201,6 +201,19 @@ def test_no_permission() -> None:
     assert done.stderr.startswith("error: Permission denied: /root/x\nhint: check the permissions")
 
 
+def test_a_working_directory_that_is_gone(tmp_path: Path) -> None:
+    program = f"""
+        import os, sys
+        os.mkdir({str(tmp_path / "gone")!r}); os.chdir({str(tmp_path / "gone")!r}); os.rmdir(os.getcwd())
+        from recast_cli.main import main
+        sys.argv = ["recast", "doctor"]
+        main()
+    """
+    done = run(program)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the working directory no longer exists\nhint: ")
+
+
 def test_a_link_to_itself(tmp_path: Path) -> None:
     loop = tmp_path / "loop"
     loop.symlink_to(loop)

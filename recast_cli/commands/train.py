@@ -44,7 +44,7 @@ def train(
     from recast_cli.models import require_start
     from recast_cli.outputs import exclusive, refuse_inside
     from recast_cli.recipe import load_recipe
-    from recast_cli.training import placement, run, warm_start
+    from recast_cli.training import placement, run, verl_args, warm_start
     from recast_cli.training.inputs import Inputs
 
     settings = load_recipe(recipe, overrides or [])
@@ -58,15 +58,20 @@ def train(
     places = {"out=": out, "warm_start.out=": warm_start.folder_of(settings)}
     # A later --overwrite of a parent would take the run with it.
     refuse_inside(places, {"data=": inputs.data, "tokenizer=": inputs.tokenizer})
+    is_warm_start = settings.method.name == "sft"
+    renew = overwrite and is_warm_start
+    make_start = not settings.model and (renew or warm_start.find(settings, inputs) is None)
+    jobs = _jobs(settings, inputs, make_start=make_start)
+    for module, arguments in jobs.values():
+        verl_args.require_config(module, arguments)
     if dry_run:
-        _show(settings, inputs, json_output=json_output)
+        _show(settings, inputs, jobs, json_output=json_output)
         return
     placement.require_gpu(settings)
-    is_warm_start = settings.method.name == "sft"
     run.require_room(settings)  # before a warm start of minutes, as the next
     if not overwrite and not is_warm_start:
         run.find(settings, inputs, None)
-    model = _start_model(settings, inputs, overwrite=overwrite and is_warm_start)
+    model = _start_model(settings, inputs, overwrite=renew)
     if is_warm_start:
         manifest = load_manifest(warm_start.folder_of(settings), "warm-start")
     else:
@@ -140,7 +145,29 @@ def _run(settings: Recipe, inputs: Inputs, model: Path, *, overwrite: bool) -> d
         return run.train(settings, inputs, model, overwrite=overwrite, on_step=lambda _: advance(1))
 
 
-def _show(settings: Recipe, inputs: Inputs, *, json_output: bool) -> None:
+Job = tuple[list[str], list[str]]  # what follows `python -m`, and the overrides
+
+
+def _jobs(settings: Recipe, inputs: Inputs, *, make_start: bool) -> dict[str, Job]:
+    """The verl jobs that are to run.
+
+    Args:
+        make_start: The warm start is one of them.
+    """
+    from recast_cli.training import run, warm_start
+
+    start = warm_start.folder_of(settings)
+    jobs = {}
+    if make_start:
+        # The real run works in a scratch folder beside `start`, which replaces it when all is done.
+        jobs["warm start"] = warm_start.job(settings, inputs, (start / "work").resolve())
+    if settings.method.name != "sft":
+        model = Path(settings.model) if settings.model else start / "model"
+        jobs[settings.method.name] = run.job(settings, inputs, model, Path(settings.out))
+    return jobs
+
+
+def _show(settings: Recipe, inputs: Inputs, jobs: dict[str, Job], *, json_output: bool) -> None:
     """The exact verl commands, the resolved recipe and what the run will process."""
     import shlex
 
@@ -149,13 +176,6 @@ def _show(settings: Recipe, inputs: Inputs, *, json_output: bool) -> None:
     from recast_cli.training import placement, run, warm_start
 
     out, start = Path(settings.out), warm_start.folder_of(settings)
-    jobs = {}
-    if not settings.model and warm_start.find(settings, inputs) is None:
-        # The real run works in a scratch folder beside `start`, which replaces it when all is done.
-        jobs["warm start"] = warm_start.job(settings, inputs, (start / "work").resolve())
-    if settings.method.name != "sft":
-        model = Path(settings.model) if settings.model else start / "model"
-        jobs[settings.method.name] = run.job(settings, inputs, model, out)
     commands = {name: ["python", "-m", *module, *arguments] for name, (module, arguments) in jobs.items()}
     environments = {
         name: placement.environment(

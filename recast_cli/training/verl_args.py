@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from pathlib import Path
 from typing import Any
 
+from recast_cli.errors import EnvironmentFault, RecipeError
 from recast_cli.recipe import Recipe
 from recast_cli.training.placement import packs_rows, resolve_device
 
@@ -24,6 +26,32 @@ MICRO_BATCH_TOKENS = (
 
 # What follows `python -m`.
 RL_MODULE = ["verl.trainer.main_ppo"]
+# The configuration that each module composes, by name, in verl/trainer/config.
+CONFIGS = {"verl.trainer.main_ppo": "ppo_trainer", "verl.trainer.sft_trainer": "sft_trainer_engine"}
+
+
+def require_config(module: list[str], arguments: list[str]) -> None:
+    """Compose verl's configuration as the job will, from its files: verl itself is not imported.
+
+    Raises:
+        RecipeError: an override that Hydra cannot read, or of a key that verl does not have.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    verl = importlib.util.find_spec("verl")
+    if verl is None or verl.origin is None:
+        raise EnvironmentFault("verl is not installed", "see `recast doctor`")
+    try:
+        with initialize_config_dir(str(Path(verl.origin).parent / "trainer" / "config"), version_base=None):
+            compose(CONFIGS[module[-1]], overrides=arguments)
+    except (HydraException, OmegaConfBaseException) as exc:
+        problem = " ".join(str(exc).split("full_key")[0].split())
+        raise RecipeError(
+            f"{module[-1]} refuses an override of the recipe: {problem}",
+            "see the keys under verl: and verl_sft:; + before a key adds one that verl does not have",
+        ) from exc
 
 
 def sft_module(recipe: Recipe) -> list[str]:

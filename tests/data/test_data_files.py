@@ -90,6 +90,22 @@ def test_column_map(csv_files: tuple[Path, Path]) -> None:
     assert tables.items["text"].to_list()[0] == "Alpha | Action"
 
 
+def test_one_column_for_two() -> None:
+    with pytest.raises(RecipeError, match="from who, who and timestamp, needed three columns"):
+        parse_columns("user_id=who,item_id=who")
+
+
+def test_line_ends_of_old_macintoshes(tmp_path: Path) -> None:
+    for name, end in (("mac", b"\r"), ("windows", b"\r\n")):
+        (tmp_path / f"{name}.csv").write_bytes(HEAD.strip() + end + b"u,1,1" + end + b"v,2,2" + end)
+        assert read_table(tmp_path / f"{name}.csv")["item_id"].to_list() == ["1", "2"]
+
+
+def test_only_iso_is_read_as_a_time() -> None:
+    odd = pl.Series("t", ["2024-01-31x10:00:00", "2024-01-31_10:00", "2024-13-01"])
+    assert parse_timestamps(odd, "t")[0].to_list() == [None] * 3
+
+
 def test_a_column_mapped_twice() -> None:
     with pytest.raises(RecipeError, match="has timestamp=a and timestamp=b, needed one of them"):
         parse_columns("timestamp=a,timestamp=b")
@@ -175,6 +191,7 @@ HEAD = b"user_id,item_id,timestamp\n"
         ("log.csv", HEAD + b"u,1,1\nu,1,1,7\n", "line 3 has 4 fields, the header 3"),
         ("log.csv", HEAD + b'"u,1,1\nu,2,2\n', "line 2: a quote that is never closed"),
         ("log.csv", HEAD + b'"u\nv",1,1\n"ab"c,1,1\n', r"line 4: ',' expected after '\"'"),
+        ("log.csv", HEAD + b"u,1,1700000000000000001\n", "holds 1700000000000000001, needed numbers below 2"),
         ("log.csv", b"PAR1 and so on", r"holds \.parquet, its name says \.csv"),
         ("log.jsonl", gzip.compress(b"{}\n"), r"holds \.jsonl\.gz, its name says \.jsonl"),
         ("log.csv", b"user,item_id,timestamp\nu,1,1\n", r"no column 'user_id' \(found: user, item_id,"),

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 from artifacts_by_hand import Write
+from transformers import BertConfig, BertLMHeadModel
 from typer.testing import CliRunner
 
 from recast_cli.errors import ArtifactError
 from recast_cli.main import app
-from recast_cli.models import require_start
+from recast_cli.models import load_model, require_start
 
 CODES = [(0, 0, 0), (0, 1, 1), (1, 0, 1)]
 LOG = {"u1": [0, 1, 2, 0, 1], "u2": [1, 2, 0, 1, 2]}
@@ -48,6 +49,13 @@ def test_a_model_that_would_read_prompts_otherwise_is_refused(
         (model / name).write_text(text.replace(old, new), encoding="utf-8")
     with pytest.raises(ArtifactError, match=f"model {model} {message}"):
         require_start(model, folders.tokenizer)
+
+
+def test_a_model_without_a_key_value_cache_is_refused(tmp_path: Path) -> None:
+    config = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    BertLMHeadModel(BertConfig(vocab_size=20, **config)).save_pretrained(tmp_path / "bert")
+    with pytest.raises(ArtifactError, match="bert is a BertLMHeadModel, needed a decoder with a key-value"):
+        load_model(tmp_path / "bert", 20, "cpu")
 
 
 def test_train_and_profile_refuse_it_before_anything_runs(write: Write, tmp_path: Path) -> None:

@@ -53,6 +53,27 @@ def test_folder_of_something_else_is_refused_and_left_alone(
     ]
 
 
+def test_an_out_that_cannot_be_made_is_refused(make_recipe, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(EnvironmentFault, match=r"out= .*: .*/file is a file, needed a folder"):
+        run.require_room(make_recipe(out=str(tmp_path / "file" / "run")))
+
+
+@pytest.mark.parametrize("start", ["run", "run/model", "run/checkpoints", "other/../run/logs"])
+def test_a_warm_start_in_the_way_of_the_run_is_refused(make_recipe, tmp_path: Path, start: str) -> None:
+    recipe = make_recipe(warm_start={"out": str(tmp_path / start)})
+    with pytest.raises(ArtifactError, match=r"is where the run in .* writes, needed another folder"):
+        run.require_room(recipe)
+    run.require_room(recipe.model_copy(update={"method": recipe.method.model_copy(update={"name": "sft"})}))
+
+
+def test_another_run_is_told_before_its_start_is_made(make_recipe, inputs: Inputs) -> None:
+    finish_run(make_recipe(), inputs)
+    assert run.find(make_recipe(), inputs, None) is not None
+    with pytest.raises(ArtifactError, match="holds a run of another recipe or data"):
+        run.find(make_recipe(seed=5), inputs, None)
+
+
 def test_run_that_started_from_another_model_is_refused(make_recipe, inputs: Inputs, tmp_path: Path) -> None:
     finish_run(make_recipe(), inputs)
     other = tmp_path / "other-model"

@@ -11,13 +11,13 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
+from recast_cli.errors import RecipeError
 from recast_cli.recipe import Recipe, load_recipe
 from recast_cli.training import run, verl_args
 from recast_cli.training.inputs import Inputs
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPES = sorted(path for path in ROOT.glob("recipes/**/*.yaml") if path.stem != "base")
-CONFIGS = {"verl.trainer.main_ppo": "ppo_trainer", "verl.trainer.sft_trainer": "sft_trainer_engine"}
 AWKWARD = (
     "plain",
     "with blank",
@@ -51,7 +51,7 @@ def parse(arguments: list[str]) -> dict[str, Any]:
 def composed(module: str, arguments: list[str]) -> DictConfig:
     folder = Path(verl.__file__).parent / "trainer" / "config"
     with initialize_config_dir(str(folder), version_base=None):
-        return compose(CONFIGS[module], overrides=arguments)
+        return compose(verl_args.CONFIGS[module], overrides=arguments)
 
 
 def rl(recipe: Recipe, **paths: Path) -> list[str]:
@@ -100,6 +100,22 @@ def test_a_recipes_own_verl_keys_come_last(make_recipe) -> None:
     assert found["trainer.nnodes"] == 2 and found["data.shuffle"] is True
     assert found["trainer.note"] is None and found["trainer.l"] == [1, "x"]
     assert len(rl(recipe)) == len(rl(make_recipe())) + 2  # two are new, two replace ours
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("trainer.no_such", 1, r"Could not override 'trainer\.no_such'"),
+        ("data.a b", 1, r"data\.a b=1"),
+        ("+trainer.total_epochs", 1, r"already at 'trainer\.total_epochs'"),
+    ],
+)
+def test_an_override_that_verl_does_not_know_is_refused(make_recipe, key: str, value, message: str) -> None:
+    verl_args.require_config(verl_args.RL_MODULE, rl(make_recipe()))
+    with pytest.raises(RecipeError, match=message) as caught:
+        verl_args.require_config(verl_args.RL_MODULE, rl(make_recipe(verl={key: value})))
+    assert caught.value.message.startswith("verl.trainer.main_ppo refuses an override of the recipe: ")
+    assert "\n" not in caught.value.message
 
 
 # -- every recipe, on verl's own configs -----------------------------------------------------------------
