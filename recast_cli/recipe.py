@@ -6,20 +6,22 @@ reported at once; unknown keys are errors.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from recast_cli.errors import RecipeError
 
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, le=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Folder = Annotated[str, Field(min_length=1)]
+# A shell expands the ~ of `out=~/runs` only where a word begins with it; YAML never does.
+Folder = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 # What verl's V1 trainer starts on Ray, one CPU each: TransferQueue's controller and storage unit, task
@@ -38,6 +40,13 @@ OWN_OPTIONS = {
     "trainer.n_gpus_per_node": "num_gpus",
     "trainer.device": "device",
     "trainer.default_local_dir": "out",
+    "verl.trainer.total_training_steps": "rl.steps",
+    "verl.trainer.save_freq": "rl.save_every",
+    "verl.actor_rollout_ref.rollout.n": "rl.group_size",
+    "verl.actor_rollout_ref.model.path": "model",
+    "verl.data.train_files": "data",
+    "verl.data.train_batch_size": "rl.prompts_per_step",
+    "verl.algorithm.adv_estimator": "method.name",
 }
 
 _COMMENT = re.compile(r"\s#")

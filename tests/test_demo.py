@@ -183,6 +183,19 @@ def test_a_file_in_the_place_of_a_folder_is_refused_at_once(tmp_path, option):
         demo(**{"out": tmp_path, "data": tmp_path, option: tmp_path / "file"})
 
 
+def test_the_readme_shows_this_table_with_the_recorded_numbers():
+    text = (RECIPES.parents[1] / "README.md").read_text(encoding="utf-8")
+    shown = text.split("<!-- demo:begin -->")[1].split("```")[1].splitlines()[2:]
+    recorded = json.loads((RECIPES.parents[1] / "benchmarks/results/demo.json").read_text(encoding="utf-8"))
+    assert shown[0].split() == ["start", "ReCast", "GRPO", "more", "SFT", "popular", "kNN"]
+    for line, (label, *cells) in zip(shown[1:], table_rows(recorded), strict=False):
+        values = (
+            "-" if cell is None else f"{cell:.4f}" if isinstance(cell, float) else cell for cell in cells
+        )
+        assert line.split() == [*label.split(), *filter(None, values)]
+    assert shown[-2].startswith(f"{recorded['seconds']:.0f} s, at most ")
+
+
 def test_commands_walk_the_data_flow_and_their_recipes_load(tmp_path):
     layout = Layout(data=tmp_path / "data", run=tmp_path / "run", recipes=RECIPES)
     batches = commands(layout, [*CUT, "rl.steps=2"], ["--steps", "1"])

@@ -195,6 +195,28 @@ def test_bounds(write, override: str) -> None:
         load_recipe(write(MINIMAL), [override])
 
 
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        ("verl.trainer.total_training_steps=9", "rl.steps"),
+        ("verl.trainer.save_freq=-1", "rl.save_every"),
+        ("verl.actor_rollout_ref.rollout.n=1", "rl.group_size"),
+        ("verl.actor_rollout_ref.model.path=/nowhere", "model"),
+        ("verl.algorithm.adv_estimator=gae", "method.name"),
+    ],
+)
+def test_an_option_of_verl_that_has_a_field_is_set_there(write, override: str, field: str) -> None:
+    key, _, value = override.partition("=")
+    with pytest.raises(RecipeError, match=f"{key} is {value}: set {field} instead, which is checked"):
+        load_recipe(write(MINIMAL), [override])
+
+
+def test_a_tilde_is_the_home_folder(write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    recipe = load_recipe(write(MINIMAL), ["out=~/a", "warm_start.out=~/b", "data=c~"])
+    assert (recipe.out, recipe.warm_start.out, recipe.data) == ("/home/me/a", "/home/me/b", "c~")
+
+
 def test_minibatches_must_divide_the_prompts_of_a_step(write) -> None:
     path = write(MINIMAL)
     recipe = load_recipe(path, ["rl.prompts_per_step=12", "rl.mini_batch_prompts=4"])

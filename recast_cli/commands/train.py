@@ -44,7 +44,7 @@ def train(
     from recast_cli.models import require_start
     from recast_cli.outputs import exclusive, refuse_inside
     from recast_cli.recipe import load_recipe
-    from recast_cli.training import placement, run, verl_args, warm_start
+    from recast_cli.training import placement, process, run, verl_args, warm_start
     from recast_cli.training.inputs import Inputs
 
     settings = load_recipe(recipe, overrides or [])
@@ -71,6 +71,8 @@ def train(
     run.require_room(settings)  # before a warm start of minutes, as the next
     if not overwrite and not is_warm_start:
         run.find(settings, inputs, None)
+    if settings.method.name in ("recast", "grpo"):
+        process.require_cluster(settings.ray_cpus_needed())
     model = _start_model(settings, inputs, overwrite=renew)
     if is_warm_start:
         manifest = load_manifest(warm_start.folder_of(settings), "warm-start")

@@ -81,7 +81,7 @@ def require_space(folder: Path, num_bytes: int) -> None:
         )
 
 
-def _require_cluster(needed: int) -> None:
+def require_cluster(needed: int) -> None:
     """Refuse a running Ray cluster (`RAY_ADDRESS`) with too few CPUs: verl would wait there for ever.
 
     Raises:
@@ -152,7 +152,7 @@ def run_verl(
         EnvironmentFault: the process failed; names the cause and the log.
     """
     if ray_cpus:
-        _require_cluster(ray_cpus)
+        require_cluster(ray_cpus)
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", *module, *arguments]
     offset = 0
