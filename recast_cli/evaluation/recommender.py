@@ -125,8 +125,20 @@ class Recommender:
         )
 
     def encode(self, conversations: Sequence[Conversation]) -> list[list[int]]:
-        """Token ids of each history with the generation prompt, by the tokenizer's own chat template."""
-        return encode_prompts(self.tokenizer, conversations)
+        """Token ids of each history with the generation prompt, by the tokenizer's own chat template.
+
+        Raises:
+            ArtifactError: the model has fewer positions than prompt and answer take.
+        """
+        prompts = encode_prompts(self.tokenizer, conversations)
+        needed = max(map(len, prompts), default=0) + len(self.level_offsets)
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        if positions is not None and needed > positions:
+            raise ArtifactError(
+                f"the model reads at most {positions} tokens, a prompt and its answer take {needed}",
+                "rerun `recast prepare-data` with a shorter --history, or name another model",
+            )
+        return prompts
 
     def rank(self, prompts: Sequence[Sequence[int]], width: int, closed: Closed | None = None) -> Ranked:
         """Constrained beam search over the catalogue: `answer` with one list and no target."""

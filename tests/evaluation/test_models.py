@@ -12,6 +12,7 @@ from transformers import BertConfig, BertLMHeadModel
 from typer.testing import CliRunner
 
 from recast_cli.errors import ArtifactError
+from recast_cli.evaluation.evaluate import evaluate_model
 from recast_cli.main import app
 from recast_cli.models import load_model, require_start
 
@@ -49,6 +50,21 @@ def test_a_model_that_would_read_prompts_otherwise_is_refused(
         (model / name).write_text(text.replace(old, new), encoding="utf-8")
     with pytest.raises(ArtifactError, match=f"model {model} {message}"):
         require_start(model, folders.tokenizer)
+
+
+def test_a_model_with_too_few_positions_is_refused(write: Write, tmp_path: Path) -> None:
+    folders = write(LOG, CODES, (2, 2, 2))  # validation: three items of 5 tokens, begin, three codes: 19
+    model = Path(shutil.copytree(folders.model, tmp_path / "copy"))
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    for positions, ok in ((19, True), (18, False)):
+        (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": positions}))
+        if ok:
+            evaluate_model(model, folders.tokenizer, folders.data, "validation")
+        else:
+            with pytest.raises(
+                ArtifactError, match="reads at most 18 tokens, a prompt and its answer take 19"
+            ):
+                evaluate_model(model, folders.tokenizer, folders.data, "validation")
 
 
 def test_a_model_without_a_key_value_cache_is_refused(tmp_path: Path) -> None:
