@@ -129,7 +129,8 @@ def _new_folder(jobs: Path) -> Iterator[Path]:
             yield scratch
     except BaseException:
         if not was_there:
-            jobs.parent.rmdir()
+            with contextlib.suppress(OSError):  # the parent itself could not be made
+                jobs.parent.rmdir()
         raise
 
 

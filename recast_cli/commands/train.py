@@ -71,7 +71,7 @@ def train(
     run.require_room(settings)  # before a warm start of minutes, as the next
     if not overwrite and not is_warm_start:
         run.find(settings, inputs, None)
-    if settings.method.name in ("recast", "grpo"):
+    if make_start and not settings.method.name.startswith("sft"):  # else the job itself asks at once
         process.require_cluster(settings.ray_cpus_needed())
     model = _start_model(settings, inputs, overwrite=renew)
     if is_warm_start:

@@ -70,12 +70,12 @@ def read_table(path: Path) -> pl.DataFrame:
     content = read_bytes(path, zipped)
     if not content.strip():
         raise DataError(f"{path} is empty", "needed a header or at least one record")
-    for start, true_kind in ((b"PAR1", ".parquet"), (b"\x1f\x8b", f"{kind}.gz")):
-        if kind != ".parquet" and content.startswith(start):
-            raise DataError(
-                f"{path} holds {true_kind}, its name says {kind}", f"rename it to end in {true_kind}"
-            )
     if kind != ".parquet":
+        for start, true_kind in ((b"PAR1", ".parquet"), (b"\x1f\x8b", f"{kind}.gz")):
+            if content.startswith(start):
+                raise DataError(
+                    f"{path} holds {true_kind}, its name says {kind}", f"rename it to end in {true_kind}"
+                )
         _check_encoding(path, content)
         if b"\n" not in content:
             content = content.replace(b"\r", b"\n")  # line ends of an old Macintosh

@@ -11,8 +11,9 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from recast_cli.data.files import ColumnMap, clean_ids, items_frame, parse_columns, parse_timestamps, source
+from recast_cli.data.files import ColumnMap, clean_ids, items_frame, parse_columns, source
 from recast_cli.data.readers import read_table
+from recast_cli.data.timestamps import parse_timestamps
 from recast_cli.errors import DataError, RecipeError
 
 NEW_YEAR_2024 = 19_723 * 86_400.0  # 54 years of 365 days and 13 leap days after 1970
