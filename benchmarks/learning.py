@@ -45,7 +45,7 @@ from recast_cli.profiling.profile import machine
 from recast_cli.provenance import git_state, versions
 from recast_cli.recipe import Recipe
 from recast_cli.tokenizer.build import TokenizerParams, build
-from recast_cli.training import run, warm_start
+from recast_cli.training import run, run_directory, warm_start
 from recast_cli.training.inputs import Inputs
 
 RESULT = Path(__file__).parent / "results" / "learning.json"
@@ -203,8 +203,8 @@ def run_seed(out: Path, seed: int, arms: list[str], options: dict[str, Any]) -> 
         if warm_start.find(recipe, inputs) is None:
             train_warm_start(recipe, inputs)
         if (Path(recipe.out) / "command.txt").exists() and not (Path(recipe.out) / "manifest.json").exists():
-            run.remove(Path(recipe.out))  # interrupted
-        if run.find(recipe, inputs, start) is None:
+            run_directory.remove(Path(recipe.out))  # interrupted
+        if run_directory.find(recipe, inputs, start) is None:
             run.train(recipe, inputs, start)
         if "warm start" not in tables:
             tables["warm start"] = users_of(start, data, tokenizer, folder / "warm-start-users.parquet")

@@ -19,7 +19,7 @@ from recast_cli.artifacts import read_json_lines
 from recast_cli.core.ranking import Interval, hit_of_rank, ndcg_of_rank, paired_bootstrap
 from recast_cli.errors import ArtifactError
 from recast_cli.recipe import load_recipe
-from recast_cli.training import run, warm_start
+from recast_cli.training import run_directory, warm_start
 from recast_cli.training.inputs import Inputs
 from recast_cli.training.process import read_metrics
 
@@ -120,7 +120,7 @@ def why_stale(arguments: list[str]) -> str:
         if recipe.method.name == "sft":
             warm_start.find(recipe, inputs)
         else:
-            run.find(recipe, inputs, warm_start.folder_of(recipe) / "model")
+            run_directory.find(recipe, inputs, warm_start.folder_of(recipe) / "model")
     except ArtifactError as exc:
         return exc.message
     return ""

@@ -44,7 +44,7 @@ def train(
     from recast_cli.models import require_start
     from recast_cli.outputs import exclusive, refuse_inside
     from recast_cli.recipe import load_recipe
-    from recast_cli.training import placement, process, run, verl_args, warm_start
+    from recast_cli.training import placement, process, run_directory, verl_args, warm_start
     from recast_cli.training.inputs import Inputs
 
     settings = load_recipe(recipe, overrides or [])
@@ -68,9 +68,9 @@ def train(
         _show(settings, inputs, jobs, json_output=json_output)
         return
     placement.require_gpu(settings)
-    run.require_room(settings)  # before a warm start of minutes, as the next
+    run_directory.require_room(settings)  # before a warm start of minutes, as the next
     if not overwrite and not is_warm_start:
-        run.find(settings, inputs, None)
+        run_directory.find(settings, inputs, None)
     if make_start and not settings.method.name.startswith("sft"):  # else the job itself asks at once
         process.require_cluster(settings.ray_cpus_needed())
     model = _start_model(settings, inputs, overwrite=renew)
@@ -78,7 +78,7 @@ def train(
         manifest = load_manifest(warm_start.folder_of(settings), "warm-start")
     else:
         with exclusive(out):
-            found = None if overwrite else run.find(settings, inputs, model)
+            found = None if overwrite else run_directory.find(settings, inputs, model)
             if found is not None:
                 note(f"reusing the finished run in {out}")
             manifest = found or _run(settings, inputs, model, overwrite=overwrite)

@@ -18,17 +18,17 @@ from training_artifacts import (
 from recast_cli.demo import why_stale
 from recast_cli.errors import ArtifactError, EnvironmentFault
 from recast_cli.recipe import dump_recipe
-from recast_cli.training import run
+from recast_cli.training import run, run_directory
 from recast_cli.training.inputs import Inputs
 
 
 def test_no_run_is_found_in_a_folder_that_is_empty_or_holds_the_warm_start(
     make_recipe, inputs: Inputs, tmp_path: Path
 ) -> None:
-    assert run.find(make_recipe(), inputs, model_of(inputs)) is None
+    assert run_directory.find(make_recipe(), inputs, model_of(inputs)) is None
     (tmp_path / "run" / "warm_start").mkdir(parents=True)
     (tmp_path / "run" / "warm_start.log").touch()
-    assert run.find(make_recipe(), inputs, model_of(inputs)) is None
+    assert run_directory.find(make_recipe(), inputs, model_of(inputs)) is None
 
 
 def test_folder_of_something_else_is_refused_and_left_alone(
@@ -40,10 +40,10 @@ def test_folder_of_something_else_is_refused_and_left_alone(
         (out / name / "mine.txt").write_text("mine")
     (out / "recipe.yaml").write_text("mine")
     with pytest.raises(ArtifactError, match="holds model and is no run directory, needed an empty or a new"):
-        run.find(make_recipe(), inputs, model_of(inputs))
+        run_directory.find(make_recipe(), inputs, model_of(inputs))
     with pytest.raises(ArtifactError, match="no run directory"):
         run.train(make_recipe(), inputs, model_of(inputs))
-    run.remove(out)  # --overwrite
+    run_directory.remove(out)  # --overwrite
     assert sorted(path.name for path in out.rglob("*")) == [
         "mine.txt",
         "mine.txt",
@@ -56,32 +56,34 @@ def test_folder_of_something_else_is_refused_and_left_alone(
 def test_an_out_that_cannot_be_made_is_refused(make_recipe, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(EnvironmentFault, match=r"out= .*: .*/file is a file, needed a folder"):
-        run.require_room(make_recipe(out=str(tmp_path / "file" / "run")))
+        run_directory.require_room(make_recipe(out=str(tmp_path / "file" / "run")))
 
 
 @pytest.mark.parametrize("start", ["run", "run/model", "run/checkpoints", "other/../run/logs"])
 def test_a_warm_start_in_the_way_of_the_run_is_refused(make_recipe, tmp_path: Path, start: str) -> None:
     recipe = make_recipe(warm_start={"out": str(tmp_path / start)})
     with pytest.raises(ArtifactError, match=r"is where the run in .* writes, needed another folder"):
-        run.require_room(recipe)
-    run.require_room(recipe.model_copy(update={"method": recipe.method.model_copy(update={"name": "sft"})}))
+        run_directory.require_room(recipe)
+    run_directory.require_room(
+        recipe.model_copy(update={"method": recipe.method.model_copy(update={"name": "sft"})})
+    )
 
 
 def test_another_run_is_told_before_its_start_is_made(make_recipe, inputs: Inputs) -> None:
     finish_run(make_recipe(), inputs)
-    assert run.find(make_recipe(), inputs, None) is not None
+    assert run_directory.find(make_recipe(), inputs, None) is not None
     with pytest.raises(ArtifactError, match="holds a run of another recipe or data"):
-        run.find(make_recipe(seed=5), inputs, None)
+        run_directory.find(make_recipe(seed=5), inputs, None)
 
 
 def test_run_that_started_from_another_model_is_refused(make_recipe, inputs: Inputs, tmp_path: Path) -> None:
     finish_run(make_recipe(), inputs)
     other = tmp_path / "other-model"
     shutil.copytree(model_of(inputs), other)
-    assert run.find(make_recipe(), inputs, other) is not None  # the same weights elsewhere
+    assert run_directory.find(make_recipe(), inputs, other) is not None  # the same weights elsewhere
     (other / "model.safetensors").write_bytes(b"others")
     with pytest.raises(ArtifactError, match=f"started from another model than {other}"):
-        run.find(make_recipe(), inputs, other)
+        run_directory.find(make_recipe(), inputs, other)
 
 
 def test_run_without_its_checkpoints_is_still_whole(make_recipe, inputs: Inputs, tmp_path: Path) -> None:
@@ -95,7 +97,7 @@ def test_run_without_its_checkpoints_is_still_whole(make_recipe, inputs: Inputs,
 def test_same_recipe_and_parents_reuse_a_finished_run(make_recipe, inputs: Inputs) -> None:
     recipe = make_recipe(rl={"learning_rate": 1e-5}, verl={"trainer.nnodes": 1})
     finish_run(recipe, inputs)
-    found = run.find(recipe, inputs, model_of(inputs))
+    found = run_directory.find(recipe, inputs, model_of(inputs))
     assert found is not None and found["kind"] == "run" and found["parents"] == inputs.parents
 
 
@@ -104,21 +106,21 @@ def test_run_of_another_recipe_or_of_other_data_is_refused(
 ) -> None:
     finish_run(make_recipe(), inputs)
     with pytest.raises(ArtifactError, match="another recipe or data") as caught:
-        run.find(make_recipe(seed=1), inputs, model_of(inputs))
+        run_directory.find(make_recipe(seed=1), inputs, model_of(inputs))
     assert "--overwrite" in caught.value.hint
     with pytest.raises(ArtifactError, match="another recipe or data"):
-        run.find(make_recipe(method={"name": "grpo"}), inputs, model_of(inputs))
+        run_directory.find(make_recipe(method={"name": "grpo"}), inputs, model_of(inputs))
     (tmp_path / "tokenizer" / "model" / "model.safetensors").write_bytes(b"others")
     reseal(tmp_path / "tokenizer")
     with pytest.raises(ArtifactError, match="another recipe or data"):
-        run.find(make_recipe(), Inputs.load(make_recipe()), model_of(inputs))
+        run_directory.find(make_recipe(), Inputs.load(make_recipe()), model_of(inputs))
 
 
 def test_unfinished_run_is_refused(make_recipe, inputs: Inputs, tmp_path: Path) -> None:
     finish_run(make_recipe(), inputs)
     (tmp_path / "run" / "manifest.json").unlink()
     with pytest.raises(ArtifactError, match="did not finish") as caught:
-        run.find(make_recipe(), inputs, model_of(inputs))
+        run_directory.find(make_recipe(), inputs, model_of(inputs))
     assert "--overwrite" in caught.value.hint
 
 
@@ -143,7 +145,7 @@ def test_overwrite_removes_a_run_but_not_the_warm_start_or_a_strangers_file(
     out = tmp_path / "run"
     (out / "warm_start").mkdir()
     (out / "notes.txt").write_text("mine")
-    run.remove(out)
+    run_directory.remove(out)
     assert sorted(path.name for path in out.iterdir()) == ["notes.txt", "warm_start"]
 
 
@@ -203,17 +205,17 @@ def test_killed_overwrite_leaves_the_old_run_to_the_next_command(
             return moved
 
         Path.rename = counted  # type: ignore[method-assign]
-        with run._replacing(out, model_of(inputs)):
+        with run_directory.replacing(out, model_of(inputs)):
             out.mkdir(exist_ok=True)
             (out / "command.txt").write_text("python -m another\n", encoding="utf-8")
             os._exit(2)
     exited = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert exited == (1 if 1 <= moves <= 7 else 2)
     if exited == 1:
-        assert run.find(make_recipe(), inputs, model_of(inputs)) is not None
+        assert run_directory.find(make_recipe(), inputs, model_of(inputs)) is not None
     else:  # something is there, so only --overwrite may remove it
         with pytest.raises(ArtifactError, match="did not finish"):
-            run.find(make_recipe(), inputs, model_of(inputs))
+            run_directory.find(make_recipe(), inputs, model_of(inputs))
         monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 0, 1))
         with pytest.raises(EnvironmentFault, match="checkpoints need"):
             run.train(make_recipe(), inputs, model_of(inputs), overwrite=True)
@@ -222,9 +224,9 @@ def test_killed_overwrite_leaves_the_old_run_to_the_next_command(
 
 
 def test_a_run_with_a_checkpoint_or_a_metric_is_worth_keeping(tmp_path: Path) -> None:
-    assert not run.made_a_step(tmp_path)
+    assert not run_directory.made_a_step(tmp_path)
     (tmp_path / "checkpoints" / "global_step_1" / "actor" / "huggingface").mkdir(parents=True)
-    assert run.made_a_step(tmp_path)
+    assert run_directory.made_a_step(tmp_path)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "metrics.jsonl").write_text('{"step": 1, "data": {}}\n', encoding="utf-8")
-    assert run.made_a_step(tmp_path / "other")
+    assert run_directory.made_a_step(tmp_path / "other")

@@ -1,0 +1,151 @@
+"""The directory of a run: when it is reused, refused, replaced or removed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from recast_cli.artifacts import load_manifest, weights_sha256
+from recast_cli.errors import ArtifactError, EnvironmentFault
+from recast_cli.recipe import Recipe
+from recast_cli.training import warm_start
+from recast_cli.training.inputs import Inputs
+from recast_cli.training.process import hf_checkpoints, read_metrics
+
+
+def require_room(recipe: Recipe) -> None:
+    """Refuse an `out` with files that are no run of ours, or that cannot be made.
+
+    Raises:
+        ArtifactError: naming a file that a run must not be mixed with, or the warm start in a run's way.
+        EnvironmentFault: the folder to make it in is no folder, or not writable.
+    """
+    out = Path(recipe.out)
+    start_dir = warm_start.folder_of(recipe).resolve()
+    taken = (out, *(out / name for name in FOLDERS))
+    if recipe.method.name != "sft" and start_dir in [path.resolve() for path in taken]:
+        raise ArtifactError(
+            f"warm_start.out {warm_start.folder_of(recipe)} is where the run in {out} writes, "
+            "needed another folder",
+            "leave warm_start.out out for one of its own",
+        )
+    place = next(path for path in (out.resolve(), *out.resolve().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        found = "cannot be written" if place.is_dir() else "is a file, needed a folder"
+        raise EnvironmentFault(f"out= {out}: {place} {found}", "choose another out=")
+    if (out / "command.txt").exists() or not out.exists():
+        return
+    start = warm_start.folder_of(recipe).name
+    ours = (start, f"{start}.log", f".{start}.")  # the last: a scratch folder of another process
+    foreign = [path for path in sorted(out.iterdir()) if not path.name.startswith(ours)]
+    if foreign:
+        raise ArtifactError(
+            f"{out} holds {foreign[0].name} and is no run directory, needed an empty or a new folder",
+            "choose another out=",
+        )
+
+
+def find(recipe: Recipe, inputs: Inputs, model: Path | None) -> dict[str, Any] | None:
+    """Manifest of a finished run of the same recipe, parents and start model in `recipe.out`, else None.
+
+    Args:
+        model: The start; None leaves it out, for a look before it is made.
+
+    Raises:
+        ArtifactError: the folder holds another run, one that did not finish, or other files.
+    """
+    out = Path(recipe.out)
+    _bring_back(out)
+    require_room(recipe)
+    if not (out / "command.txt").exists():
+        return None
+    if not (out / "manifest.json").exists():
+        raise ArtifactError(
+            f"{out} holds a run that did not finish", "pass --overwrite or choose another out="
+        )
+    manifest = load_manifest(out, "run")
+    if manifest["recipe"] != recipe.model_dump() or manifest["parents"] != inputs.parents:
+        raise ArtifactError(
+            f"{out} holds a run of another recipe or data", "pass --overwrite or choose another out="
+        )
+    if model is not None and manifest["start"]["sha256"] != weights_sha256(model):
+        raise ArtifactError(
+            f"{out} holds a run that started from another model than {model}",
+            "pass --overwrite or choose another out=",
+        )
+    return manifest
+
+
+# What a run writes into its directory; the marker of a run comes last.
+FOLDERS = ("checkpoints", "model", "logs")
+FILES = ("manifest.json", "metrics.jsonl", "rollouts.jsonl", "rows.parquet", "recipe.yaml", "command.txt")
+
+
+def remove(out: Path) -> None:
+    """Remove what a run wrote, and nothing else (a warm start beside it is an artifact of its own)."""
+    if not (out / "command.txt").exists():
+        return
+    for name in FOLDERS:
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in FILES:
+        (out / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # somebody else's files are in it
+        out.rmdir()
+
+
+def made_a_step(out: Path) -> bool:
+    """Whether a run left anything of worth."""
+    return bool(read_metrics(out / "metrics.jsonl") or hf_checkpoints(out / "checkpoints"))
+
+
+def _aside(out: Path) -> Path:
+    return out.with_name(f".{out.name}.replaced")
+
+
+def _bring_back(out: Path) -> None:
+    """Undo a replacement that ended, perhaps killed, with the old run set aside and no new one in its place.
+
+    `command.txt` leaves first and comes back last: a kill at any moment is made good by the next call.
+    """
+    aside = _aside(out)
+    if (out / "command.txt").exists() or not aside.is_dir():
+        return
+    out.mkdir(exist_ok=True)  # it may be gone, empty as it was
+    for name in (*FOLDERS, *FILES):
+        if (aside / name).exists():
+            (aside / name).rename(out / name)
+    aside.rmdir()
+
+
+@contextlib.contextmanager
+def replacing(out: Path, start: Path) -> Iterator[None]:
+    """Set the run in `out` aside; it comes back if the one that replaces it ends before its first step.
+
+    Raises:
+        ArtifactError: the model `start`, which the next run needs, would go with it.
+    """
+    if any(start.resolve().is_relative_to((out / name).resolve()) for name in FOLDERS):
+        raise ArtifactError(
+            f"--overwrite would remove the start model {start}", "choose another out= or copy the model"
+        )
+    aside = _aside(out)
+    if aside.is_dir() and not made_a_step(out):  # it was killed
+        remove(out)
+    _bring_back(out)
+    if not (out / "command.txt").exists():
+        yield
+        return
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    for name in reversed((*FOLDERS, *FILES)):
+        if (out / name).exists():
+            (out / name).rename(aside / name)
+    try:
+        yield
+    finally:
+        _bring_back(out)
+        shutil.rmtree(aside, ignore_errors=True)
