@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from plugin_artifacts import write_tokenizer
+from sealing import reseal
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -388,21 +390,25 @@ def test_continued_sft_trains_on_the_same_prompts(recast_job: Job, workspace: Pa
     assert [row[-1]["content"] for row in messages] == [row["reward_model"]["ground_truth"] for row in rows]
 
 
-def test_step_in_which_every_rollout_hits_does_no_harm(
-    recast_job: Job, workspace: Path, artifacts: tuple[Path, Path]
-) -> None:
+def test_step_in_which_every_rollout_hits_does_no_harm(workspace: Path, artifacts: tuple[Path, Path]) -> None:
     """The whole catalogue is the target, so no group has a legal negative."""
+    tokenizer = workspace / "all-hit-tokenizer"
+    shutil.copytree(artifacts[1], tokenizer)
     everything = "".join(
         sid.removeprefix("<|sid_begin|>").removesuffix("<|sid_end|>")
-        for sid in pq.read_table(artifacts[1] / "semantic_ids.parquet")["sid"].to_pylist()
+        for sid in pq.read_table(tokenizer / "semantic_ids.parquet")["sid"].to_pylist()
     )
-    rows = pq.read_table(recast_job.out / "rows.parquet")
+    rows = pq.read_table(tokenizer / "verl" / "rl.parquet")
     column = [{"style": "rule", "ground_truth": everything}] * rows.num_rows
     place = rows.schema.get_field_index("reward_model")
     field = rows.schema.field(place)
-    pq.write_table(rows.set_column(place, field, pa.array(column, field.type)), workspace / "all_hit.parquet")
+    all_hit = rows.set_column(place, field, pa.array(column, field.type))
+    pq.write_table(all_hit, tokenizer / "verl" / "rl.parquet")
+    reseal(tokenizer)
     job = succeed(
-        train(workspace, "all-hit", f"verl.data.train_files='{workspace / 'all_hit.parquet'}'", "rl.steps=1")
+        train(
+            workspace, "all-hit", f"tokenizer={tokenizer}", "warm_start.out=all-hit-warm-start", "rl.steps=1"
+        )
     )
     (found,) = job.metrics
     assert found["signal/multi_hit"] == 1 and found["signal/hit_rate"] == 1
@@ -410,7 +416,7 @@ def test_step_in_which_every_rollout_hits_does_no_harm(
     assert found["signal/repaired_groups"] == 0
     assert found["signal/kept_samples"] == 0
     assert not [name for name in found if name.startswith("actor/grad")]  # no update, so no decay either
-    start, end = weights(workspace / "warm_start" / "model"), weights(job.out / "model")
+    start, end = weights(workspace / "all-hit-warm-start" / "model"), weights(job.out / "model")
     for name, tensor in end.items():
         assert torch.equal(tensor, start[name]), name
 
