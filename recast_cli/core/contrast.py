@@ -57,6 +57,8 @@ def select_pairs(
     present_BG: np.ndarray | None = None,
     valid_BG: np.ndarray | None = None,
     lends_BG: np.ndarray | None = None,
+    log_probs_BG: np.ndarray | None = None,
+    repair: bool = True,
 ) -> Selection:
     """Choose anchor, positive and negative of every group.
 
@@ -64,6 +66,9 @@ def select_pairs(
     which keeps G. Contrast: i+ = argmax r, i- = argmax u among r = 0. The paper leaves ties open; they go to
     the larger `tie_keys_BG`, a seeded hash. A rollout without a semantic ID is replaced before a valid one
     of equal score, and is a negative only if no valid miss exists.
+
+    A group is ragged where `present_BG` is False. One with a single rollout is never trainable: an anchor in
+    its place has no negative beside it.
 
     Args:
         rewards_BG: Task reward, 0 for a miss.
@@ -74,6 +79,10 @@ def select_pairs(
         lends_BG: True where an anchor may take a rollout's place; default all. A thought that broke off
             cannot lend its text: the next-lowest score is taken, and where nobody lends an all-zero group is
             left without a positive.
+        log_probs_BG: Sampling log-prob of each rollout's semantic ID. Given, the most probable of equally
+            hard negatives is taken, the one the policy confuses most; NaN (not known) loses to any number.
+            Default: the seeded hash alone decides.
+        repair: False leaves all-zero groups without a positive (the ablation arm "contrast only").
     """
     present_BG = np.ones_like(rewards_BG, dtype=bool) if present_BG is None else present_BG.astype(bool)
     valid_BG = present_BG if valid_BG is None else valid_BG.astype(bool) & present_BG
@@ -81,12 +90,15 @@ def select_pairs(
     all_zero_B = ~hit_BG.any(axis=1)
 
     may_lend_BG = present_BG if lends_BG is None else lends_BG.astype(bool) & present_BG
-    anchor_B = _first((-scores_BG, ~valid_BG, tie_keys_BG), may_lend_BG & all_zero_B[:, None])
+    may_lend_BG = may_lend_BG & all_zero_B[:, None] & repair
+    anchor_B = _first((-scores_BG, ~valid_BG, tie_keys_BG), may_lend_BG)
     is_anchor_BG = np.arange(rewards_BG.shape[1])[None, :] == anchor_B[:, None]
 
     natural_B = _first((rewards_BG, tie_keys_BG), hit_BG)
     positive_B = np.where(anchor_B >= 0, anchor_B, natural_B)
-    negative_B = _first((valid_BG, scores_BG, tie_keys_BG), present_BG & ~hit_BG & ~is_anchor_BG)
+    confusable = () if log_probs_BG is None else (np.nan_to_num(log_probs_BG, nan=-np.inf),)
+    hardness = (valid_BG, scores_BG, *confusable, tie_keys_BG)
+    negative_B = _first(hardness, present_BG & ~hit_BG & ~is_anchor_BG)
     return Selection(anchor_B, positive_B, negative_B, all_zero_B)
 
 

@@ -1,5 +1,7 @@
 """Repair and contrast: hand-made groups, then a plain-loop reference over random ones."""
 
+import math
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -76,6 +78,29 @@ def test_rollout_without_semantic_id_is_replaced_first_and_negative_last():
     assert hit_and_nothing.negative_B.tolist() == [1]
 
 
+def test_the_most_probable_of_equally_hard_negatives_is_the_most_confusable():
+    scores, keys = np.array([[0.1, 0.1, 0.1, 0.01]]), _keys([1, 4, 3, 2])
+    log_probs = np.array([[-2.0, -3.0, np.nan, -0.5]])
+    # 3 is lowest and makes room for the anchor; of the three at 0.1 the likeliest, not the largest key
+    selection = select_pairs(np.zeros((1, 4)), scores, keys, log_probs_BG=log_probs)
+    assert (selection.anchor_B.tolist(), selection.negative_B.tolist()) == ([3], [0])
+    # hardness comes first, an unknown log-prob last, and equal log-probs fall back on the key
+    harder = np.array([[0.01, 0.1, 0.01, 0.0]])
+    assert select_pairs(np.zeros((1, 4)), harder, keys, log_probs_BG=log_probs).negative_B.tolist() == [1]
+    unknown = np.array([[np.nan, -700.0, np.nan, -0.5]])
+    assert select_pairs(np.zeros((1, 4)), scores, keys, log_probs_BG=unknown).negative_B.tolist() == [1]
+    equal = np.array([[-2.0, -2.0, -2.0, -0.5]])
+    assert select_pairs(np.zeros((1, 4)), scores, keys, log_probs_BG=equal).negative_B.tolist() == [1]
+
+
+def test_without_repair_an_empty_group_is_dropped_and_the_others_keep_their_pair():
+    rewards, scores = np.array([[0, 0, 0], [0, 1, 0]]), np.array([[0.1, 0, 0.01], [0.01, 1, 0.1]])
+    selection = select_pairs(rewards, scores, _keys([1, 2, 3], [1, 2, 3]), repair=False)
+    assert selection.anchor_B.tolist() == [-1, -1]
+    assert selection.trainable_B.tolist() == [False, True]
+    assert (selection.positive_B[1], selection.negative_B[1]) == (1, 2)
+
+
 def test_group_of_one_cannot_be_trained():
     selection = select_pairs(np.zeros((1, 1)), np.zeros((1, 1)), _keys([1]))
     assert selection.anchor_B.tolist() == [0]
@@ -87,23 +112,27 @@ def test_advantages_are_plus_and_minus_w():
     assert pair_advantages(np.array([1.0, 0.0]), w_positive=2, w_negative=0.25).tolist() == [2.0, -0.25]
 
 
-def _reference(rewards, scores, keys, present, valid, lends):
+def _reference(rewards, scores, keys, present, valid, lends, log_probs, repair):
     """One group, in plain Python: (anchor, positive, negative)."""
     rows = [g for g in range(len(rewards)) if present[g]]
     anchor = -1
-    lenders = [g for g in rows if lends[g]]
+    lenders = [g for g in rows if lends[g] and repair]
     if lenders and not any(rewards[g] > 0 for g in rows):
         anchor = min(lenders, key=lambda g: (scores[g], valid[g], -int(keys[g])))
     hits = [g for g in rows if rewards[g] > 0]
     positive = anchor if anchor >= 0 else max(hits, key=lambda g: (rewards[g], keys[g]), default=-1)
     misses = [g for g in rows if rewards[g] <= 0 and g != anchor]
-    negative = max(misses, key=lambda g: (valid[g], scores[g], keys[g]), default=-1)
+
+    def confusable(g):
+        return -math.inf if math.isnan(log_probs[g]) else log_probs[g]
+
+    negative = max(misses, key=lambda g: (valid[g], scores[g], confusable(g), keys[g]), default=-1)
     return anchor, positive, negative
 
 
 @settings(max_examples=200)
-@given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.5, 1.0]))
-def test_matches_the_plain_loop_on_ragged_groups(seed, lending):
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 0.5, 1.0]), st.booleans(), st.booleans())
+def test_matches_the_plain_loop_on_ragged_groups(seed, lending, by_log_prob, repair):
     rng = np.random.default_rng(seed)
     B, G = rng.integers(1, 6), rng.integers(1, 9)
     present = rng.random((B, G)) < 0.85
@@ -112,9 +141,20 @@ def test_matches_the_plain_loop_on_ragged_groups(seed, lending):
     scores = np.where(hit, 1.0, np.where(valid, rng.choice([0.0, 0.01, 0.1], size=(B, G)), 0.0))
     lends = rng.random((B, G)) < lending
     keys = tie_keys(int(seed), 3, np.arange(B), G)
-    found = select_pairs(hit.astype(float), scores, keys, present_BG=present, valid_BG=valid, lends_BG=lends)
+    log_probs = rng.choice([-3.0, -1.0, np.nan] if by_log_prob else [0.0], size=(B, G))
+    found = select_pairs(
+        hit.astype(float),
+        scores,
+        keys,
+        present_BG=present,
+        valid_BG=valid,
+        lends_BG=lends,
+        log_probs_BG=log_probs if by_log_prob else None,
+        repair=repair,
+    )
     for b in range(B):
-        expected = _reference(hit[b].astype(float), scores[b], keys[b], present[b], valid[b], lends[b])
+        group = (present[b], valid[b], lends[b], log_probs[b])
+        expected = _reference(hit[b].astype(float), scores[b], keys[b], *group, repair)
         assert (found.anchor_B[b], found.positive_B[b], found.negative_B[b]) == expected
 
 
