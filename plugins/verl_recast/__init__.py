@@ -21,6 +21,15 @@ from verl_recast.import_hooks import after_import
 ROLLOUT_NAME = "recast_sid"
 
 
+def _check_config_early() -> None:
+    # main_ppo calls it before it starts Ray; a process whose config names neither piece sees no difference.
+    from verl.utils import config
+
+    from verl_recast.check_config import checked
+
+    config.validate_config = checked(config.validate_config)
+
+
 def _register_estimator() -> None:
     from verl_recast import estimator
 
@@ -74,6 +83,7 @@ def _measure_engine() -> None:
 
 
 after_import("verl.plugin.platform", _register_platform)
+after_import("verl.utils.config", _check_config_early)
 after_import("verl.trainer.ppo.core_algos", _register_estimator)
 after_import("verl.trainer.ppo.v1.trainer_sync", _register_trainer)
 after_import("verl.workers.rollout.replica", _register_replica)

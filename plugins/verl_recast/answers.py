@@ -16,6 +16,7 @@ class Answers:
     """What the N responses of a step hold.
 
     Attributes:
+        starts_N: Where each one's last semantic ID starts, -1 without one.
         codes_NL: Codes of each one's last semantic ID, -1 without one.
         valid_N: True where there is one, of the catalogue if that is known.
         lends_N: True where an anchor may take the response's place and keep what stands round its semantic
@@ -24,9 +25,19 @@ class Answers:
             thought that broke off (see docs/concepts/method.md).
     """
 
+    starts_N: np.ndarray
     codes_NL: np.ndarray
     valid_N: np.ndarray
     lends_N: np.ndarray
+
+    def sum_over_codes(self, values: Sequence[Sequence[float]]) -> np.ndarray:
+        """Sum of a value per response token over the tokens of the semantic ID, NaN without one. (N,)"""
+        num_levels = self.codes_NL.shape[1]
+        sums = [
+            sum(row[start : start + num_levels]) if start >= 0 else np.nan
+            for row, start in zip(values, self.starts_N.tolist(), strict=True)
+        ]
+        return np.array(sums, dtype=np.float64)
 
 
 class AnswerReader:
@@ -90,7 +101,7 @@ class AnswerReader:
         known_N = np.array([members is None or tuple(codes) in members for codes in codes_NL.tolist()])
         # L codes, and at most `<|sid_end|>` and an end token
         bare_N = np.array([len(response) <= num_levels + 2 for response in responses]) & (starts.max() <= 0)
-        return Answers(codes_NL, (starts >= 0) & known_N, (starts >= 0) | bare_N)
+        return Answers(starts, codes_NL, (starts >= 0) & known_N, (starts >= 0) | bare_N)
 
     def anchor(self, response: Sequence[int], target: Sequence[int]) -> list[int]:
         """Token ids of the anchor: the replaced rollout with its last semantic ID swapped for the target's.

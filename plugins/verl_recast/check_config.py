@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
-from verl_recast import estimator
-from verl_recast.settings import RecastSettings
+from verl_recast import ROLLOUT_NAME
+from verl_recast.settings import ESTIMATOR, TRAINER_MODE, RecastSettings
 
 KEPT_PER_GROUP = 2
+
+
+def uses_recast(config: Any) -> bool:
+    """Whether a verl config asks for our trainer or our estimator."""
+    return _mode(config) == TRAINER_MODE or config.algorithm.get("adv_estimator") == ESTIMATOR
+
+
+def checked(validate_config: Callable[..., None]) -> Callable[..., None]:
+    """verl's own check of a config, which runs before Ray starts, and then ours if the config is for us."""
+
+    @functools.wraps(validate_config)
+    def validate(config: Any, *args: Any, **kwargs: Any) -> None:
+        validate_config(config, *args, **kwargs)
+        if uses_recast(config):
+            check_config(config)
+
+    return validate
 
 
 def check_config(config: Any) -> None:
@@ -17,28 +36,24 @@ def check_config(config: Any) -> None:
         ValueError: naming the option, the value found and the value needed.
     """
     algorithm, worker = config.algorithm, config.actor_rollout_ref
-    _require(
-        algorithm.adv_estimator == estimator.NAME,
-        "algorithm.adv_estimator",
-        algorithm.adv_estimator,
-        estimator.NAME,
-    )
-    _require(
-        not algorithm.use_kl_in_reward, "algorithm.use_kl_in_reward", True, "False (use actor.use_kl_loss)"
-    )
-    filtered = bool(algorithm.get("filter_groups") and algorithm.filter_groups.enable)
-    needed = "False (it evicts the groups that repair mends)"
-    _require(not filtered, "algorithm.filter_groups.enable", True, needed)
-    _check_correction(algorithm.get("rollout_correction") or {})
+    settings = RecastSettings.from_algorithm(algorithm)
+    _check_arm(config, settings)
+    if settings.repairs:
+        _check_repair(algorithm)
     _require(worker.rollout.n >= 2, "rollout.n", worker.rollout.n, "at least 2")
-    critic = bool(config.critic.get("enable"))
-    needed = "False or null (advantages come from the pair, not from values)"
-    _require(not critic, "critic.enable", critic, needed)
+    critic = bool(config.critic.get("enable")) or algorithm.adv_estimator == "gae"
+    needed = "False or null, and an estimator without values (advantages come from the group)"
+    _require(not critic, "critic.enable", config.critic.get("enable"), needed)
     distilled = bool((config.get("distillation") or {}).get("enabled"))
     _require(not distilled, "distillation.enabled", distilled, "False (this trainer has no such loss)")
-    _check_batches(config)
+    _check_batches(config, KEPT_PER_GROUP if settings.contrasts else worker.rollout.n)
     _require(not worker.actor.shuffle, "actor.shuffle", True, "False (mini-batches are laid out by prompt)")
-    RecastSettings.from_algorithm(algorithm)
+    _check_loss(worker)
+    _check_engine(worker)
+    if settings.tie_rule == "most-probable":
+        needed = "True (algorithm.recast.tie_rule=most-probable compares sampling log-probs)"
+        found = worker.rollout.calculate_log_probs
+        _require(found, "rollout.calculate_log_probs", found, needed)
 
 
 def _require(ok: bool, name: str, found: Any, needed: str) -> None:
@@ -46,25 +61,57 @@ def _require(ok: bool, name: str, found: Any, needed: str) -> None:
         raise ValueError(f"trainer_mode=recast: {name} is {found}, needs {needed}")
 
 
-def _check_correction(correction: Any) -> None:
-    """Corrections from rollout to actor need a sampling log-prob, and anchors have none."""
-    bypass = correction.get("bypass_mode", False)
+def _mode(config: Any) -> str | None:
+    return (config.trainer.get("v1") or {}).get("trainer_mode")
+
+
+def _check_arm(config: Any, settings: RecastSettings) -> None:
+    """The estimator belongs to what the trainer keeps of a group."""
+    mode, estimator = _mode(config), config.algorithm.adv_estimator
+    v1 = config.trainer.get("use_v1", True)
+    if not v1 or mode != TRAINER_MODE:
+        found = f"trainer.v1.trainer_mode is {mode}" if v1 else "trainer.use_v1 is False"
+        needed = TRAINER_MODE if v1 else "True"
+        raise ValueError(
+            f"{found}, algorithm.adv_estimator={ESTIMATOR} needs {needed}: no other trainer leaves it the "
+            "pair of each group"
+        )
+    if settings.contrasts:
+        _require(estimator == ESTIMATOR, "algorithm.adv_estimator", estimator, ESTIMATOR)
+        needed = "False (use actor.use_kl_loss)"
+        _require(not config.algorithm.use_kl_in_reward, "algorithm.use_kl_in_reward", True, needed)
+    else:
+        needed = f"verl's own, for example grpo (algorithm.recast.arm={settings.arm} keeps whole groups)"
+        _require(estimator != ESTIMATOR, "algorithm.adv_estimator", estimator, needed)
+
+
+def _check_repair(algorithm: Any) -> None:
+    """What would undo a repair, or read something of an anchor that nobody sampled."""
+    filtered = bool(algorithm.get("filter_groups") and algorithm.filter_groups.enable)
+    needed = "False (it evicts the groups that repair mends)"
+    _require(not filtered, "algorithm.filter_groups.enable", True, needed)
+    correction = algorithm.get("rollout_correction") or {}
     name = "algorithm.rollout_correction"
+    bypass = correction.get("bypass_mode", False)
     _require(not bypass, f"{name}.bypass_mode", True, "False (anchors have no sampling log-prob)")
     for key in ("rollout_is", "rollout_rs"):
         found = correction.get(key)
         _require(found is None, f"{name}.{key}", found, "null (anchors were not sampled)")
 
 
-def _check_batches(config: Any) -> None:
-    """Prompts divide into mini-batches, and what a mini-batch keeps into ranks and micro-batches."""
+def _check_batches(config: Any, width: int) -> None:
+    """Prompts divide into mini-batches, and what a mini-batch keeps into ranks and micro-batches.
+
+    Args:
+        width: Rows that a group keeps at most.
+    """
     worker, batch = config.actor_rollout_ref, config.data.train_batch_size
     actor, prompts = worker.actor, worker.actor.ppo_mini_batch_size
     _require(
         batch % prompts == 0, "data.train_batch_size", batch, f"a multiple of ppo_mini_batch_size={prompts}"
     )
-    ranks, kept = config.trainer.n_gpus_per_node * config.trainer.nnodes, prompts * KEPT_PER_GROUP
-    needed = f"a number whose kept rows ({KEPT_PER_GROUP} a prompt) {ranks} ranks can share"
+    ranks, kept = config.trainer.n_gpus_per_node * config.trainer.nnodes, prompts * width
+    needed = f"a number whose kept rows ({width} a prompt) {ranks} ranks can share"
     _require(kept % ranks == 0, "actor.ppo_mini_batch_size", prompts, needed)
     sections = [("actor.ppo", actor.use_dynamic_bsz, actor.ppo_micro_batch_size_per_gpu)]
     for part in ("rollout", "ref"):
@@ -80,3 +127,23 @@ def _check_batches(config: Any) -> None:
             f"a divisor of {kept // ranks}, the rows that a mini-batch keeps on each rank "
             "(or dynamic micro-batches)",
         )
+
+
+def _check_loss(worker: Any) -> None:
+    """A loss whose scale would depend on the micro-batch; an engine that this trainer was not made for."""
+    _require(worker.actor.strategy != "megatron", "actor.strategy", "megatron", "fsdp or fsdp2")
+    ragged = worker.rollout.get("name") != ROLLOUT_NAME
+    unset = worker.actor.loss_agg_mode == "seq-mean-token-sum-norm" and worker.actor.loss_scale_factor is None
+    needed = "a number (data.max_response_length is usual): it divides by the width of the micro-batch else"
+    _require(not (unset and ragged), "actor.loss_scale_factor", None, needed)
+
+
+def _check_engine(worker: Any) -> None:
+    """What the SID engine does not serve."""
+    if worker.rollout.get("name") != ROLLOUT_NAME:
+        return
+    lora = worker.model.get("lora") or {}
+    rank = lora.get("rank", 0) or worker.model.get("lora_rank", 0)
+    merged = bool(lora.get("merge", False))
+    needed = f"True ({ROLLOUT_NAME} takes whole weights, no adapters)"
+    _require(rank <= 0 or merged, "model.lora.merge", merged, needed)

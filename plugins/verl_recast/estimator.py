@@ -12,9 +12,7 @@ from typing import Any
 import torch
 
 from recast_cli.core.contrast import pair_advantages
-from verl_recast.settings import RecastSettings
-
-NAME = "recast"
+from verl_recast.settings import ESTIMATOR, RecastSettings
 
 
 def recast_advantage(
@@ -42,8 +40,8 @@ def recast_advantage(
     sizes = Counter(group for group, tokens in zip(index, counted, strict=False) if tokens)
     if sizes and max(sizes.values()) > 2:
         raise ValueError(
-            f"algorithm.adv_estimator={NAME} got {max(sizes.values())} rollouts of a group, needs the 2 that "
-            "trainer.v1.trainer_mode=recast selects: set it"
+            f"algorithm.adv_estimator={ESTIMATOR} got {max(sizes.values())} rollouts of a group, needs the 2 "
+            "that trainer.v1.trainer_mode=recast selects: set it"
         )
     settings = RecastSettings.from_algorithm(config)
     advantage_N = pair_advantages(
@@ -59,5 +57,5 @@ def register() -> None:
     """Register with verl; safe to call twice (verl refuses a second function under one name)."""
     from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, register_adv_est
 
-    if NAME not in ADV_ESTIMATOR_REGISTRY:
-        register_adv_est(NAME)(recast_advantage)
+    if ESTIMATOR not in ADV_ESTIMATOR_REGISTRY:
+        register_adv_est(ESTIMATOR)(recast_advantage)

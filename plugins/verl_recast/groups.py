@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import transfer_queue as tq
-from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
-from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from verl_recast.answers import AnswerReader
 from verl_recast.reward import require_targets
@@ -27,6 +24,9 @@ class Groups:
         rows_BG: Position of each rollout in the batch's keys.
         index_B: The prompt's `extra_info.index`.
         valid_BG, lends_BG, codes_BGL: See `answers.Answers`; -1 and False where a rollout is missing.
+        tokens_BG: Response tokens that a loss counts, 0 where a rollout is missing.
+        log_probs_BG: Sampling log-prob of each rollout's semantic ID, NaN where there is none; None if
+            nobody asked.
         targets: Per prompt, the codes of its target, or of each of them.
     """
 
@@ -38,6 +38,8 @@ class Groups:
     scores_BG: np.ndarray
     lends_BG: np.ndarray
     codes_BGL: np.ndarray
+    tokens_BG: np.ndarray
+    log_probs_BG: np.ndarray | None
     targets: list[list[tuple[int, ...]]]
 
 
@@ -55,26 +57,33 @@ def _group_rows(keys: list[str], index_N: np.ndarray) -> list[list[int]]:
 
 
 def gather_groups(
-    batch: KVBatchMeta, reader: AnswerReader, members: Set[tuple[int, ...]] | None = None
+    batch: KVBatchMeta,
+    reader: AnswerReader,
+    members: Set[tuple[int, ...]] | None = None,
+    *,
+    log_probs: bool = False,
 ) -> Groups:
     """Read reward, response and target of every rollout of a step.
 
     Args:
         members: Every semantic ID of the catalogue, where it is known.
+        log_probs: Read the sampling log-probs too.
 
     Raises:
         RuntimeError: no rollout arrived (the rollout server failed; its log says why).
     """
     if len(batch) == 0:
         raise RuntimeError("no rollout arrived: the rollout server or agent loop failed, see its log above")
-    names = ["rm_scores", "prompts", "responses", "reward_model", "extra_fields", "index"]
+    names = ["rm_scores", "prompts", "responses", "response_mask", "reward_model", "extra_fields", "index"]
+    names += ["rollout_log_probs"] * log_probs
     data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
     responses = [response.tolist() for response in data["responses"].unbind()]
+    tokens_N = np.array([int(mask.sum()) for mask in data["response_mask"].unbind()])
     rewards_N = np.array([float(scores.sum()) for scores in data["rm_scores"].unbind()])
-    infos = [fields.get("reward_extra_info", {}) for fields in _plain(data["extra_fields"])]
-    index_N = np.array([int(index) for index in _plain(data["index"])])
+    infos = [fields.get("reward_extra_info", {}) for fields in plain(data["extra_fields"])]
+    index_N = np.array([int(index) for index in plain(data["index"])])
     grouped = _group_rows(batch.keys, index_N)
-    targets = [require_targets(entry["ground_truth"]) for entry in _plain(data["reward_model"])]
+    targets = [require_targets(entry["ground_truth"]) for entry in plain(data["reward_model"])]
     prompts = data["prompts"].unbind()
     require_own_index([(int(index_N[r]), (prompts[r].tolist(), targets[r])) for r, *_ in grouped])
     lacking = next((info for info in infos if "structural_score" not in info), None)
@@ -85,6 +94,7 @@ def gather_groups(
         )
 
     answers = reader.read(responses, len(targets[0][0]), members)
+    log_probs_BG = None
     rows_BG = np.full((len(grouped), max(len(rows) for rows in grouped)), -1, dtype=np.int64)
     for b, rows in enumerate(grouped):
         rows_BG[b, : len(rows)] = rows
@@ -92,6 +102,10 @@ def gather_groups(
 
     def spread(values_N: np.ndarray) -> np.ndarray:
         return np.where(present_BG, values_N[rows_BG], 0)
+
+    if log_probs:
+        sampled = [row.tolist() for row in data["rollout_log_probs"].unbind()]
+        log_probs_BG = np.where(present_BG, answers.sum_over_codes(sampled)[rows_BG], np.nan)
 
     # What is no item of the catalogue has no prefix in common with one, whoever scored it.
     scores_N = np.array([float(info["structural_score"]) for info in infos]) * answers.valid_N
@@ -104,6 +118,8 @@ def gather_groups(
         rewards_BG=spread(rewards_N),
         scores_BG=spread(scores_N),
         codes_BGL=np.where(present_BG[:, :, None], answers.codes_NL[rows_BG], -1),
+        tokens_BG=spread(tokens_N),
+        log_probs_BG=log_probs_BG,
         targets=[targets[rows[0]] for rows in grouped],
     )
 
@@ -127,7 +143,7 @@ def require_own_index(rows: Sequence[tuple[int, Any]]) -> None:
             )
 
 
-def _plain(column: Any) -> list[Any]:
+def plain(column: Any) -> list[Any]:
     return column.tolist() if hasattr(column, "tolist") else list(column)
 
 
@@ -145,81 +161,3 @@ def response_fields(prompt: torch.Tensor, response: torch.Tensor, reward: float)
         "position_ids": torch.arange(len(prompt) + len(response)),
         "rm_scores": scores,
     }
-
-
-def anchor_fields(
-    batch: KVBatchMeta, rows: list[int], targets: list[tuple[int, ...]], reader: AnswerReader
-) -> tuple[TensorDict, list[dict[str, Any]]]:
-    """Fields and tags that turn rollouts into anchors (see `AnswerReader.anchor`), reward 1.
-
-    No sampling log-prob is imported for an anchor: its old log-prob is computed by the actor like any
-    other's.
-    """
-    keys = [batch.keys[row] for row in rows]
-    data = tq.kv_batch_get(
-        keys=keys, partition_id=batch.partition_id, select_fields=["prompts", "responses", "extra_fields"]
-    )
-    replaced = zip(
-        data["prompts"].unbind(), data["responses"].unbind(), _plain(data["extra_fields"]), strict=True
-    )
-    records, tags = [], []
-    for (prompt, old, extra_fields), target, row in zip(replaced, targets, rows, strict=True):
-        response = torch.tensor(reader.anchor(old.tolist(), target), dtype=torch.int64)
-        info = {"hit": 1.0, "structural_score": 1.0}
-        extra_fields = {**extra_fields, "reward_extra_info": info, "producer": "anchor"}
-        records.append({**response_fields(prompt, response, 1.0), "extra_fields": extra_fields})
-        lengths = {"response_len": len(response), "seq_len": len(prompt) + len(response)}
-        tags.append({**batch.tags[row], **lengths, "producer": "anchor"})
-    return list_of_dict_to_tensordict(records), tags
-
-
-def share_without_hit(rows_of_groups: Sequence[Sequence[int]], hits: Set[int]) -> float:
-    """Share of the groups none of whose rows is a hit.
-
-    Args:
-        rows_of_groups: Row numbers of every group.
-        hits: Row numbers with a reward above 0.
-    """
-    return sum(hits.isdisjoint(rows) for rows in rows_of_groups) / len(rows_of_groups)
-
-
-def minibatch_order(
-    groups: list[int], num_groups: int, minibatch_prompts: int, kept_per_group: int, dp_size: int
-) -> tuple[list[int], int]:
-    """Where each kept row goes, so that every PPO mini-batch holds the rows of its own prompts.
-
-    Prompts are cut into mini-batches first; inside one, skipped groups leave holes that masked padding rows
-    fill. Rows are laid out rank-major: the dispatcher gives rank k the k-th contiguous block, whose i-th
-    slice is its share of mini-batch i.
-
-    Args:
-        groups: Numbers (0..num_groups-1, ascending) of the groups that kept rows, `kept_per_group` each.
-        num_groups: Prompts of the step.
-        minibatch_prompts: Prompts of a PPO mini-batch.
-        kept_per_group: Rows kept of each trainable group.
-        dp_size: Data-parallel ranks.
-
-    Returns:
-        A permutation of the kept rows followed by the padding rows, and how many padding rows it counts on.
-    """
-    num_minibatches = math.ceil(num_groups / minibatch_prompts)
-    size = minibatch_prompts * kept_per_group
-    if size % dp_size:
-        raise ValueError(
-            f"a mini-batch keeps {size} rows, which {dp_size} data-parallel ranks cannot share: "
-            f"set actor.ppo_mini_batch_size to a multiple of {dp_size}"
-        )
-    slots: list[list[int]] = [[] for _ in range(num_minibatches)]
-    for place, group in enumerate(groups):
-        slots[group // minibatch_prompts] += range(place * kept_per_group, (place + 1) * kept_per_group)
-    used = [rows for rows in slots if rows]  # a mini-batch without any signal is no update at all
-    next_padding = len(groups) * kept_per_group
-    for rows in used:
-        missing = size - len(rows)
-        rows += range(next_padding, next_padding + missing)
-        next_padding += missing
-    share = size // dp_size
-    order = [
-        row for rank in range(dp_size) for rows in used for row in rows[rank * share : (rank + 1) * share]
-    ]
-    return order, next_padding - len(groups) * kept_per_group

@@ -5,27 +5,87 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
+
+ESTIMATOR = "recast"  # algorithm.adv_estimator
+TRAINER_MODE = "recast"  # trainer.v1.trainer_mode
+
+
+class Arm(NamedTuple):
+    """What happens to the groups of a step.
+
+    Attributes:
+        repairs: An all-zero group gets an anchor.
+        contrasts: Only i+ and i- are kept, with the advantages of estimator `recast`; else every rollout
+            is, and verl's own estimator (grpo, rloo, ...) normalises over the group.
+    """
+
+    repairs: bool
+    contrasts: bool
+
+
+# The paper's ablation (arXiv 2604.22169): both parts, one of them, none.
+ARMS = {
+    "recast": Arm(repairs=True, contrasts=True),
+    "repair-only": Arm(repairs=True, contrasts=False),
+    "contrast-only": Arm(repairs=False, contrasts=True),
+    "stock": Arm(repairs=False, contrasts=False),
+}
+CHOICES = {
+    "arm": tuple(ARMS),
+    "tie_rule": ("seeded", "most-probable"),
+    "anchor_rule": ("seeded", "first"),
+    "loss_scale": ("kept", "full-batch"),
+}
 
 
 @dataclass(frozen=True)
 class RecastSettings:
-    """ReCast's knobs; the defaults are the paper's.
+    """ReCast's knobs; the defaults are the paper's, and ours where it is silent.
 
     Attributes:
+        arm: Key of `ARMS`.
         w_positive: Advantage of the strongest positive.
         w_negative: Minus the advantage of the hardest negative; 0 learns from the positive alone.
-        seed: Seed of tie-breaking and of the rollouts.
+        tie_rule: Which of equally hard negatives is kept: `seeded` hash, or the `most-probable` one.
+        anchor_rule: Which of several targets an anchor is built from: drawn by the seed (`seeded`), or the
+            `first` of the ground truth.
+        loss_scale: What the loss is averaged over: the rows that the actor receives (`kept`), or the whole
+            groups as if the dropped rollouts were there with zero advantages (`full-batch`).
+        seed: Seed of tie-breaking, of drawn targets and of the rollouts.
     """
 
+    arm: str = "recast"
     w_positive: float = 1.0
     w_negative: float = 1.0
+    tie_rule: str = "seeded"
+    anchor_rule: str = "seeded"
+    loss_scale: str = "kept"
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("w_positive", "w_negative"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"algorithm.recast.{name} is {getattr(self, name)}, needs a number >= 0")
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"algorithm.recast.{name} is {getattr(self, name)}, needs one of {', '.join(known)}"
+                )
+
+        if not self.contrasts and (self.w_positive, self.w_negative) != (1, 1):
+            raise ValueError(
+                f"algorithm.recast.w_positive is {self.w_positive} and w_negative {self.w_negative}, "
+                f"arm {self.arm} needs both 1: they weigh the pair, which it does not select"
+            )
+
+    @property
+    def repairs(self) -> bool:
+        return ARMS[self.arm].repairs
+
+    @property
+    def contrasts(self) -> bool:
+        return ARMS[self.arm].contrasts
 
     @classmethod
     def from_algorithm(cls, algorithm: Any) -> RecastSettings:

@@ -25,13 +25,17 @@ from verl.utils.metric import reduce_metrics
 from verl.utils.py_functional import rename_dict
 
 from recast_cli.core.contrast import Selection, select_pairs
-from recast_cli.core.seeding import hash64, tie_keys
+from recast_cli.core.seeding import tie_keys
 from recast_cli.core.signal import group_statistics
+from verl_recast.anchors import anchor_fields, choose_targets, is_anchor
 from verl_recast.answers import AnswerReader
 from verl_recast.catalogue import Catalogue
 from verl_recast.check_config import KEPT_PER_GROUP, check_config
-from verl_recast.groups import Groups, anchor_fields, gather_groups, minibatch_order, share_without_hit
+from verl_recast.groups import Groups, gather_groups
+from verl_recast.layout import kept_rows, minibatch_order, share_without_hit
+from verl_recast.loss_scale import count_dropped_tokens, require_one_divisor
 from verl_recast.settings import RecastSettings
+from verl_recast.validation import validation_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -66,51 +70,64 @@ class PPOTrainerRecast(PPOTrainerSync):
 
     def _select(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """Repair, contrast and drop; returns the kept rows laid out in PPO mini-batches."""
-        groups = gather_groups(batch, self.reader, self.members)
+        settings = self.settings
+        confusable = settings.tie_rule == "most-probable"
+        groups = gather_groups(batch, self.reader, self.members, log_probs=confusable)
         missing = self.config.data.train_batch_size - len(groups.index_B)
         if missing:  # verl goes on without the prompts whose rollouts failed, and so do we
             logger.warning("step %d: %d prompts came back without a rollout", self.global_steps, missing)
-        keys_BG = tie_keys(self.settings.seed, self.global_steps, groups.index_B, groups.present_BG.shape[1])
         selection = select_pairs(
             groups.rewards_BG,
             groups.scores_BG,
-            keys_BG,
+            tie_keys(settings.seed, self.global_steps, groups.index_B, groups.present_BG.shape[1]),
             present_BG=groups.present_BG,
             valid_BG=groups.valid_BG,
             lends_BG=groups.lends_BG,
+            log_probs_BG=groups.log_probs_BG,
+            repair=settings.repairs,
         )
-        metrics.update(_signal_metrics(groups, selection, batch, catalogue_known=self.members is not None))
+        known = self.members is not None
+        metrics.update(
+            _signal_metrics(groups, selection, batch, catalogue_known=known, repairs=settings.repairs)
+        )
         self._put_anchors(batch, groups, selection)
         metrics["signal/all_zero_after_repair"] = self._all_zero_after_repair(batch, groups, selection)
 
-        trainable = np.flatnonzero(selection.trainable_B)
-        self.no_signal = len(trainable) == 0
+        kept = kept_rows(selection, groups.rows_BG, contrast=settings.contrasts)
+        metrics["signal/skipped_groups"] = len(groups.index_B) - len(kept)
+        self.no_signal = not kept
         if self.no_signal:
             # verl's bookkeeping needs rows: forward one pair, which `_update_actor` then leaves alone.
             logger.warning("step %d: no group has both a positive and a negative", self.global_steps)
             b = int(groups.present_BG.sum(axis=1).argmax())
-            rows_B2 = {b: groups.rows_BG[b][groups.present_BG[b]][:KEPT_PER_GROUP].tolist()}
-        else:
-            rows_B2 = {
-                int(b): [
-                    groups.rows_BG[b, selection.positive_B[b]],
-                    groups.rows_BG[b, selection.negative_B[b]],
-                ]
-                for b in trainable
-            }
-        return self._keep(batch, rows_B2, len(groups.index_B), metrics)
+            kept = {b: groups.rows_BG[b][groups.present_BG[b]][:KEPT_PER_GROUP].tolist()}
+        actor = self.config.actor_rollout_ref.actor
+        require_one_divisor(
+            actor, [batch.tags[row]["response_len"] for rows in kept.values() for row in rows]
+        )
+        if settings.loss_scale == "full-batch" and actor.loss_agg_mode == "token-mean":
+            count_dropped_tokens(batch, groups, kept, actor.ppo_mini_batch_size)
+        return self._keep(batch, kept, len(groups.index_B), metrics)
+
+    @property
+    def _width(self) -> int:
+        """Rows that a group keeps at most."""
+        return KEPT_PER_GROUP if self.settings.contrasts else self.config.actor_rollout_ref.rollout.n
 
     def _put_anchors(self, batch: KVBatchMeta, groups: Groups, selection: Selection) -> None:
         """Overwrite the rollout that each anchor replaces, in place: same key, same group size."""
         repaired = np.flatnonzero(selection.anchor_B >= 0)
         if len(repaired) == 0:
             return
-        rows = [int(groups.rows_BG[b, selection.anchor_B[b]]) for b in repaired]
-        draws = hash64(self.settings.seed, self.global_steps, groups.index_B[repaired])
-        targets = [
-            groups.targets[b][int(draw) % len(groups.targets[b])]
-            for b, draw in zip(repaired, draws, strict=True)
-        ]
+        places = selection.anchor_B[repaired]
+        rows = groups.rows_BG[repaired, places].tolist()
+        targets = choose_targets(
+            [groups.targets[b] for b in repaired],
+            groups.index_B[repaired],
+            seed=self.settings.seed,
+            step=self.global_steps,
+            rule=self.settings.anchor_rule,
+        )
         fields, tags = anchor_fields(batch, rows, targets, self.reader)
         if self.config.actor_rollout_ref.rollout.calculate_log_probs:
             # Of the anchor's own length; `_compute_old_log_prob` fills in the actor's.
@@ -120,6 +137,7 @@ class PPOTrainerRecast(PPOTrainerSync):
         )
         for row, tag in zip(rows, tags, strict=True):
             batch.tags[row] = tag
+        groups.tokens_BG[repaired, places] = [tag["response_len"] for tag in tags]
 
     def _all_zero_after_repair(self, batch: KVBatchMeta, groups: Groups, selection: Selection) -> float:
         """Share of the groups without a positive reward; the empty ones are read again after repair."""
@@ -134,10 +152,10 @@ class PPOTrainerRecast(PPOTrainerSync):
         return share_without_hit(empty, hits) * len(empty) / len(groups.index_B)
 
     def _keep(
-        self, batch: KVBatchMeta, rows_B2: dict[int, list[int]], num_groups: int, metrics: dict
+        self, batch: KVBatchMeta, kept_of_group: dict[int, list[int]], num_groups: int, metrics: dict
     ) -> KVBatchMeta:
         """Clear everything that is not kept from the TransferQueue and lay out the rest."""
-        rows = [int(row) for pair in rows_B2.values() for row in pair]
+        rows = [row for members in kept_of_group.values() for row in members]
         kept = set(rows)
         dropped = [key for i, key in enumerate(batch.keys) if i not in kept]
         if dropped:
@@ -151,8 +169,9 @@ class PPOTrainerRecast(PPOTrainerSync):
             extra_info=batch.extra_info,
         )
         minibatch_prompts = self.config.actor_rollout_ref.actor.ppo_mini_batch_size
+        counts = {b: len(members) for b, members in kept_of_group.items()}
         order, num_padding = minibatch_order(
-            list(rows_B2), num_groups, minibatch_prompts, KEPT_PER_GROUP, self._dp_size()
+            counts, num_groups, minibatch_prompts, self._width, self._dp_size()
         )
         if num_padding:
             small = upsample_batch_to_divisible_size(
@@ -161,6 +180,8 @@ class PPOTrainerRecast(PPOTrainerSync):
         small.reorder(order)
         metrics["signal/kept_samples"] = 0 if self.no_signal else len(rows)
         metrics["signal/padding_samples"] = num_padding
+        anchors = sum(is_anchor(batch.tags[row]) for row in rows)
+        metrics["signal/anchor_share"] = 0.0 if self.no_signal else anchors / len(rows)
         kept_tokens = 0 if self.no_signal else sum(batch.tags[row]["seq_len"] for row in rows)
         metrics["signal/kept_tokens"] = int(kept_tokens)
         return small
@@ -171,9 +192,7 @@ class PPOTrainerRecast(PPOTrainerSync):
         An anchor was stored with zeros for sampling log-probs (`_put_anchors`); the actor's own take their
         place, so that the ratio is 1 wherever verl forms one.
         """
-        anchors = [
-            key for key, tag in zip(batch.keys, batch.tags, strict=True) if tag.get("producer") == "anchor"
-        ]
+        anchors = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if is_anchor(tag)]
         batch = super()._compute_old_log_prob(batch, metrics)
         if not anchors or not self.config.actor_rollout_ref.rollout.calculate_log_probs:
             return batch
@@ -189,19 +208,21 @@ class PPOTrainerRecast(PPOTrainerSync):
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """One call with one size: the kept rows of a mini-batch of prompts.
 
-        `global_batch_size` stays at the full group size, so that `seq-mean-*` losses of the reduced
-        mini-batch equal those of the full one with zero advantages. A step without any signal is no update.
+        `seq-mean-*` losses divide by `global_batch_size`: the rows that a mini-batch has room for, or with
+        `loss_scale=full-batch` the rollouts of its prompts, so that the reduced mini-batch has the gradient
+        of the full one with zero advantages. A step without any signal is no update.
         """
         if self.no_signal:
             return batch
-        actor = self.config.actor_rollout_ref.actor
+        actor, num_rollouts = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.rollout.n
+        counted = num_rollouts if self.settings.loss_scale == "full-batch" else self._width
         batch.extra_info.update(
             {
                 "calculate_entropy": bool(actor.calculate_entropy or actor.entropy_coeff != 0.0),
                 "distillation_use_topk": False,
                 "distillation_only": False,
-                "global_batch_size": actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n,
-                "mini_batch_size": actor.ppo_mini_batch_size * KEPT_PER_GROUP,
+                "global_batch_size": actor.ppo_mini_batch_size * counted,
+                "mini_batch_size": actor.ppo_mini_batch_size * self._width,
                 "epochs": actor.ppo_epochs,
                 "seed": actor.data_loader_seed,
                 "dataloader_kwargs": {"shuffle": False},
@@ -213,9 +234,20 @@ class PPOTrainerRecast(PPOTrainerSync):
         metrics.update(reduce_metrics(output))
         return batch
 
+    def _val_metrics_update(
+        self,
+        data_sources: Any,
+        sample_uids: Any,
+        reward_extra_infos_dict: Any,
+        sample_turns: Any,
+        expected_acc_counts: Any = None,
+    ) -> dict[str, float]:
+        """Exact metrics in the place of verl's bootstrap, which draws answers with replacement."""
+        return validation_metrics(data_sources, sample_uids, reward_extra_infos_dict, expected_acc_counts)
+
 
 def _signal_metrics(
-    groups: Groups, selection: Selection, batch: KVBatchMeta, *, catalogue_known: bool
+    groups: Groups, selection: Selection, batch: KVBatchMeta, *, catalogue_known: bool, repairs: bool
 ) -> dict[str, float]:
     """Statistics of the full groups, and what repair left of the empty ones."""
     statistics = group_statistics(
@@ -224,10 +256,10 @@ def _signal_metrics(
     if not catalogue_known:
         del statistics["invalid"]  # a well-formed semantic ID may still be no item
     repaired_B = selection.anchor_B >= 0
+    if repairs:
+        statistics["unrepairable_groups"] = int((selection.all_zero_B & ~repaired_B).sum())
     return {f"signal/{name}": value for name, value in statistics.items()} | {
         "signal/repaired_groups": int(repaired_B.sum()),
-        "signal/unrepairable_groups": int((selection.all_zero_B & ~repaired_B).sum()),
-        "signal/skipped_groups": int((~selection.trainable_B).sum()),
         "signal/rollouts": len(batch),
         "signal/rollout_tokens": int(np.sum([tag["seq_len"] for tag in batch.tags])),
     }

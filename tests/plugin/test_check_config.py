@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,8 @@ from verl_recast.check_config import check_config
 
 GOOD = (
     "algorithm.adv_estimator=recast",
+    "trainer.v1.trainer_mode=recast",
+    "actor_rollout_ref.rollout.name=vllm",
     "actor_rollout_ref.rollout.n=4",
     "data.train_batch_size=8",
     "actor_rollout_ref.actor.ppo_mini_batch_size=4",
@@ -26,12 +31,35 @@ def config(*overrides: str) -> DictConfig:
         return compose("ppo_trainer", overrides=[*GOOD, *overrides])
 
 
+def arm(name: str, estimator: str) -> tuple[str, str]:
+    return f"+algorithm.recast.arm={name}", f"algorithm.adv_estimator={estimator}"
+
+
+MICRO = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
+
+
 def test_accepts_a_config_that_it_is_made_for() -> None:
     check_config(config())
     check_config(config("+algorithm.recast.w_negative=0", "actor_rollout_ref.rollout.n=2"))
-    micro = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
-    check_config(config(f"{micro}=4"))
-    check_config(config(f"{micro}=3", "actor_rollout_ref.actor.use_dynamic_bsz=True"))
+    check_config(config(f"{MICRO}=4"))
+    check_config(config(f"{MICRO}=3", "actor_rollout_ref.actor.use_dynamic_bsz=True"))
+
+
+def test_accepts_every_arm_with_an_estimator_that_fits_it() -> None:
+    check_config(config(*arm("contrast-only", "recast"), "algorithm.filter_groups.enable=True"))
+    check_config(config(*arm("repair-only", "grpo"), f"{MICRO}=16"))  # 4 prompts of 4 rollouts are kept
+    check_config(config(*arm("repair-only", "rloo")))
+    check_config(config(*arm("stock", "grpo"), "algorithm.rollout_correction.rollout_is=token"))
+    check_config(config(*arm("stock", "grpo"), "algorithm.use_kl_in_reward=True"))
+
+
+def test_accepts_an_engine_that_merges_its_adapters_and_answers_of_one_length() -> None:
+    engine, lora = "actor_rollout_ref.rollout.name=recast_sid", "actor_rollout_ref.model.lora_rank=8"
+    check_config(config(engine, lora, "actor_rollout_ref.model.lora.merge=True"))
+    check_config(config(lora))
+    norm = "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum-norm"
+    check_config(config(norm, engine))
+    check_config(config(norm, "actor_rollout_ref.actor.loss_scale_factor=8"))
 
 
 @pytest.mark.parametrize(
@@ -41,6 +69,20 @@ def test_accepts_a_config_that_it_is_made_for() -> None:
         ("algorithm.use_kl_in_reward=True", "algorithm.use_kl_in_reward is True, needs False"),
         ("algorithm.filter_groups.enable=True", "algorithm.filter_groups.enable is True, needs False"),
         ("algorithm.rollout_correction.bypass_mode=True", "bypass_mode is True, needs False"),
+        ("trainer.use_v1=False", "trainer.use_v1 is False, algorithm.adv_estimator=recast needs True"),
+        ("trainer.v1.trainer_mode=sync", "trainer.v1.trainer_mode is sync, algorithm.adv_estimator=recast"),
+        ("trainer.v1.trainer_mode=separate_async", "trainer_mode is separate_async, algorithm.adv_estimator"),
+        ("algorithm.adv_estimator=gae", "algorithm.adv_estimator is gae, needs recast"),
+        ("actor_rollout_ref.actor.strategy=megatron", "actor.strategy is megatron, needs fsdp or fsdp2"),
+        (
+            "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum-norm",
+            "actor.loss_scale_factor is None, needs a number (data.max_response_length is usual)",
+        ),
+        ("+algorithm.recast.tie_rule=likeliest", "tie_rule is likeliest, needs one of seeded, most-probable"),
+        ("+algorithm.recast.anchor_rule=last", "algorithm.recast.anchor_rule is last, needs one of seeded"),
+        ("+algorithm.recast.loss_scale=full", "loss_scale is full, needs one of kept, full-batch"),
+        ("+algorithm.recast.arm=both", "arm is both, needs one of recast, repair-only, contrast-only, stock"),
+        ("+algorithm.recast.arm=repair-only", "algorithm.adv_estimator is recast, needs verl's own"),
         (
             "algorithm.rollout_correction.rollout_is=token",
             "rollout_correction.rollout_is is token, needs null",
@@ -72,3 +114,86 @@ def test_refuses_by_name_with_the_value_found_and_the_value_needed(override: str
     with pytest.raises(ValueError) as caught:
         check_config(config(override))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            (*arm("repair-only", "grpo"), "algorithm.filter_groups.enable=True"),
+            "algorithm.filter_groups.enable is True, needs False (it evicts the groups that repair mends)",
+        ),
+        (
+            (*arm("repair-only", "grpo"), "algorithm.rollout_correction.rollout_is=token"),
+            "rollout_correction.rollout_is is token, needs null (anchors were not sampled)",
+        ),
+        (
+            (*arm("repair-only", "grpo"), "+algorithm.recast.w_negative=0.5"),
+            "w_negative 0.5, arm repair-only needs both 1: they weigh the pair",
+        ),
+        (
+            (
+                "+algorithm.recast.tie_rule=most-probable",
+                "actor_rollout_ref.rollout.calculate_log_probs=False",
+            ),
+            "rollout.calculate_log_probs is False, needs True (algorithm.recast.tie_rule=most-probable",
+        ),
+        ((*arm("stock", "gae"),), "critic.enable is None, needs False or null, and an estimator without"),
+        (
+            (*arm("repair-only", "grpo"), f"{MICRO}=3"),
+            "actor.ppo_micro_batch_size_per_gpu is 3, needs a divisor of 16, the rows",
+        ),
+        (
+            ("actor_rollout_ref.rollout.name=recast_sid", "actor_rollout_ref.model.lora_rank=8"),
+            "model.lora.merge is False, needs True (recast_sid takes whole weights, no adapters)",
+        ),
+    ],
+)
+def test_refuses_what_does_not_fit_the_arm_or_the_engine(overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        check_config(config(*overrides))
+    assert message in str(caught.value)
+
+
+# Run as a launch script does: main_ppo is __main__. Ray must not have started when it ends.
+LAUNCH = """
+import runpy, sys
+import ray
+def init(*args, **kwargs):
+    raise SystemExit("Ray was started")
+ray.init = init
+sys.argv = ["main_ppo", *sys.argv[1:]]
+runpy.run_module("verl.trainer.main_ppo", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ending"),
+    [
+        (
+            ("algorithm.adv_estimator=recast",),
+            "adv_estimator=recast needs recast: no other trainer",
+        ),
+        (("algorithm.adv_estimator=grpo",), "Ray was started"),
+        ((*GOOD, "actor_rollout_ref.rollout.name=recast_sid"), "Ray was started"),
+    ],
+)
+def test_main_ppo_refuses_before_ray_starts(
+    overrides: tuple[str, ...], ending: str, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    model = f"actor_rollout_ref.model.path={tokenizer_folder / 'model'}"
+    needed = ("actor_rollout_ref.rollout.name=recast_sid", "trainer.device=cpu", model, f"{MICRO}=4")
+    parts = ("rollout", "ref")
+    needed += tuple(f"actor_rollout_ref.{part}.log_prob_micro_batch_size_per_gpu=4" for part in parts)
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCH, *needed, *overrides],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert ending in done.stderr, done.stderr[-2000:]
+    assert ("Ray was started" in done.stderr) == (ending == "Ray was started")

@@ -11,7 +11,7 @@ from verl.trainer.ppo import core_algos
 from verl.trainer.ppo.ray_trainer import compute_advantage
 
 from verl_recast import estimator
-from verl_recast.settings import RecastSettings
+from verl_recast.settings import ARMS, RecastSettings
 
 REWARDS = torch.tensor([[0, 0, 1.0], [0, 0, 0], [0, 0, 0], [0, 1.0, 0]])  # i+, i-, i-, i+ (2 tokens long)
 MASK = torch.tensor([[1, 1, 1], [1, 1, 1], [0, 0, 0], [1, 1, 0]])
@@ -66,9 +66,18 @@ def test_registers_once_under_its_name() -> None:
 
 
 def test_settings_default_to_the_paper() -> None:
-    assert RecastSettings.from_algorithm({}) == RecastSettings(w_positive=1.0, w_negative=1.0, seed=0)
+    paper = RecastSettings.from_algorithm({})
+    assert (paper.arm, paper.repairs, paper.contrasts) == ("recast", True, True)
+    assert (paper.w_positive, paper.w_negative, paper.loss_scale, paper.seed) == (1, 1, "kept", 0)
     section = OmegaConf.create({"recast": {"w_negative": 0.5, "seed": 7}})
-    assert RecastSettings.from_algorithm(section) == RecastSettings(1.0, 0.5, 7)
+    assert RecastSettings.from_algorithm(section) == RecastSettings(w_negative=0.5, seed=7)
+    parts = {arm: (RecastSettings(arm=arm).repairs, RecastSettings(arm=arm).contrasts) for arm in ARMS}
+    assert parts == {
+        "recast": (True, True),
+        "repair-only": (True, False),
+        "contrast-only": (False, True),
+        "stock": (False, False),
+    }
 
 
 @pytest.mark.parametrize(

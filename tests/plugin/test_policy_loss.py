@@ -151,35 +151,3 @@ def test_loss_of_a_pair_by_hand(model: torch.nn.Module) -> None:
     # ratio e^-.4 is below 0.8: i- is clipped to 0.8, i+ pays its full ratio; mean over the two rows
     loss, _ = loss_of(log_probs, [[1, 1, 1]] * 2, actor_config("seq-mean-token-sum"), old=actor + 0.4)
     assert float(loss) == pytest.approx((3 * -math.exp(-0.4) + 3 * 0.8) / 2, abs=1e-12)
-
-
-@pytest.mark.parametrize("mode", ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean"])
-def test_the_pair_has_the_gradient_of_the_group_with_zero_advantages(
-    model: torch.nn.Module, mode: str
-) -> None:
-    """Where the loss is a mean over sequences, because verl goes on dividing by the whole group."""
-    group = [*PAIR, [5, 14, 20], [7, 13, 25]]
-    advantages = torch.tensor([1.0, -1, 0, 0])[:, None].expand(4, 3)
-
-    def found(number: int, global_batch_size: int) -> torch.Tensor:
-        rows, ones = group[:number], [[1, 1, 1]] * number
-        log_probs = token_log_probs(model, rows)
-        loss, _ = loss_of_rows(
-            log_probs,
-            rows,
-            ones,
-            advantages[:number],
-            actor_config(mode),
-            global_batch_size=global_batch_size,
-        )
-        return gradient(model, loss)
-
-    whole, pair = found(4, 4), found(2, 4)
-    assert whole.norm() > 1e-3
-    # a mean over tokens divides by those that are kept: half as many
-    factor = 2 if mode == "token-mean" else 1
-    assert torch.allclose(pair, factor * whole, rtol=0, atol=1e-6)  # the norms work in float32
-    if mode.startswith("seq-mean"):
-        assert torch.allclose(
-            found(2, 2), 2 * whole, rtol=0, atol=1e-6
-        )  # dividing by the pair would double it

@@ -31,6 +31,8 @@ SCORES = {TARGET: 1.0, NEAR: 0.1, FAR: 0.01, FARTHEST: 0.0, THOUGHTFUL: 0.01, BR
 # Index and answers of each group, as they might arrive; index decides the order of groups.
 EMPTY, HIT, ALL_HIT = (9, [FAR, NEAR, FARTHEST]), (4, [FARTHEST, TARGET, FAR]), (6, [TARGET, TARGET, TARGET])
 
+COUNTS = ("repaired_groups", "skipped_groups", "kept_samples")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def queue() -> Iterator[None]:
@@ -54,17 +56,21 @@ def ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def trainer(tokenizer: Any, mini_batch_prompts: int) -> PPOTrainerRecast:
+def trainer(tokenizer: Any, mini_batch_prompts: int, **settings: Any) -> PPOTrainerRecast:
     """The trainer with what its hook reads; its workers are not needed here."""
     made = object.__new__(PPOTrainerRecast)
-    made.tokenizer, made.settings, made.members = tokenizer, RecastSettings(), None
+    made.tokenizer, made.settings, made.members = tokenizer, RecastSettings(**settings), None
     made.global_steps, made.timing_raw = 1, {}
     made.config = OmegaConf.create(
         {
             "data": {"train_batch_size": 3},
             "actor_rollout_ref": {
-                "actor": {"ppo_mini_batch_size": mini_batch_prompts},
-                "rollout": {"calculate_log_probs": True},
+                "actor": {
+                    "ppo_mini_batch_size": mini_batch_prompts,
+                    "loss_agg_mode": "token-mean",
+                    "loss_scale_factor": None,
+                },
+                "rollout": {"calculate_log_probs": True, "n": 3},
             },
         }
     )
@@ -127,6 +133,7 @@ def test_the_anchor_takes_the_farthest_miss_and_all_but_the_pairs_is_cleared(tok
         "skipped_groups": 1,
         "kept_samples": 4,
         "padding_samples": 2,
+        "anchor_share": 1 / 4,
         "rollouts": 9,
         # prompts of 2 (index 4), 1 (index 6 and 9) tokens and answers of 3
         "rollout_tokens": 3 * (5 + 4 + 4),
@@ -147,12 +154,22 @@ def test_each_pair_stays_in_the_mini_batch_of_its_prompt(tokenizer: Any) -> None
     assert padding == [False, False, True, True, False, False, False, False]
 
 
-def test_losses_divide_by_the_whole_group_and_mini_batches_hold_the_pairs(tokenizer: Any) -> None:
-    batch = put(tokenizer, [EMPTY, HIT, ALL_HIT], "update")
-    hook = trainer(tokenizer, 3)
+@pytest.mark.parametrize(
+    ("settings", "global_batch_size", "mini_batch_size"),
+    [
+        ({}, 3 * 2, 3 * 2),  # prompts x kept
+        ({"loss_scale": "full-batch"}, 3 * 3, 3 * 2),  # prompts x rollouts, whatever was kept
+        ({"arm": "repair-only"}, 3 * 3, 3 * 3),
+    ],
+)
+def test_losses_divide_by_what_loss_scale_says_and_mini_batches_hold_what_is_kept(
+    tokenizer: Any, settings: dict[str, str], global_batch_size: int, mini_batch_size: int
+) -> None:
+    batch = put(tokenizer, [EMPTY, HIT, ALL_HIT], f"update-{global_batch_size}-{mini_batch_size}")
+    hook = trainer(tokenizer, 3, **settings)
     actor = {"calculate_entropy": False, "entropy_coeff": 0.0, "ppo_epochs": 1, "data_loader_seed": 7}
     OmegaConf.update(hook.config, "actor_rollout_ref.actor", actor)
-    OmegaConf.update(hook.config, "actor_rollout_ref.rollout", {"n": 3, "temperature": 1.0})
+    OmegaConf.update(hook.config, "actor_rollout_ref.rollout.temperature", 1.0)
     sent = []
 
     class Workers:
@@ -164,9 +181,65 @@ def test_losses_divide_by_the_whole_group_and_mini_batches_hold_the_pairs(tokeni
     metrics: dict[str, Any] = {}
     hook._update_actor(hook._balance_batch(batch, metrics), metrics)
     (batch,) = sent
-    assert batch.extra_info["global_batch_size"] == 3 * 3  # prompts x rollouts, whatever was kept
-    assert batch.extra_info["mini_batch_size"] == 3 * 2 == len(batch.keys)
+    assert batch.extra_info["global_batch_size"] == global_batch_size
+    assert batch.extra_info["mini_batch_size"] == mini_batch_size == len(batch.keys)
     assert metrics["actor/pg_loss"] == 1.5 and metrics["perf/mfu/actor"] == 0.5
+
+
+def test_repair_alone_keeps_every_rollout_and_stock_leaves_them_as_they_were(tokenizer: Any) -> None:
+    batch, metrics = put(tokenizer, [EMPTY, HIT, ALL_HIT], "repair-only"), {}
+    small = trainer(tokenizer, 3, arm="repair-only")._balance_batch(batch, metrics)
+    assert small.keys == [f"u{index}_{g}_0" for index in (4, 6, 9) for g in range(3)]
+    rewards = tq.kv_batch_get(keys=small.keys, partition_id="repair-only", select_fields=["rm_scores"])
+    # group 9 hit nothing: FARTHEST, its third rollout, is the target now
+    assert [float(row.sum()) for row in rewards["rm_scores"].unbind()] == [0, 1, 0, 1, 1, 1, 0, 0, 1]
+    found = {
+        name: metrics[f"signal/{name}"] for name in ("repaired_groups", "skipped_groups", "kept_samples")
+    }
+    assert found == {"repaired_groups": 1, "skipped_groups": 0, "kept_samples": 9}
+    assert metrics["signal/anchor_share"] == pytest.approx(1 / 9)
+
+    batch, metrics = put(tokenizer, [EMPTY, HIT], "stock"), {}
+    small = trainer(tokenizer, 3, arm="stock")._balance_batch(batch, metrics)
+    data = tq.kv_batch_get(keys=small.keys, partition_id="stock", select_fields=["responses"])
+    answers = [tokenizer.decode(row) for row in data["responses"].unbind()]
+    assert answers[:6] == HIT[1] + EMPTY[1]
+    assert [tag.get("is_padding", False) for tag in small.tags] == [False] * 6 + [True] * 3
+    assert metrics["signal/repaired_groups"] == metrics["signal/anchor_share"] == 0
+    assert metrics["signal/all_zero"] == metrics["signal/all_zero_after_repair"] == 1 / 2
+
+
+def test_contrast_alone_drops_the_groups_without_a_hit(tokenizer: Any) -> None:
+    batch, metrics = put(tokenizer, [EMPTY, HIT, ALL_HIT], "contrast-only"), {}
+    small = trainer(tokenizer, 3, arm="contrast-only")._balance_batch(batch, metrics)
+    assert small.keys[:2] == ["u4_1_0", "u4_2_0"]
+    assert [tag.get("is_padding", False) for tag in small.tags] == [False] * 2 + [True] * 4
+    found = {
+        name: metrics[f"signal/{name}"] for name in ("repaired_groups", "skipped_groups", "kept_samples")
+    }
+    assert found == {"repaired_groups": 0, "skipped_groups": 2, "kept_samples": 2}
+    assert "signal/unrepairable_groups" not in metrics
+
+
+def test_under_the_full_batch_scale_a_minibatch_counts_the_tokens_of_its_whole_groups(tokenizer: Any) -> None:
+    batch = put(tokenizer, [EMPTY, HIT, ALL_HIT, (12, EMPTY[1])], "full-batch")
+    small = trainer(tokenizer, 2, loss_scale="full-batch")._balance_batch(batch, {})
+    data = tq.kv_batch_get(keys=small.keys, partition_id="full-batch")
+    counted = [int(row.sum()) for row in data["loss_mask"].unbind()]
+    # prompts 4 and 6: 18 response tokens, of which one pair (6) is there | prompts 9 and 12: 18, 12 are there
+    assert counted == [3 + 12, 3, 0, 0, 3 + 6, 3, 3, 3]
+    assert [int(row.sum()) for row in data["response_mask"].unbind()] == [3, 3, 0, 0, 3, 3, 3, 3]
+
+
+def test_the_most_probable_of_equally_hard_negatives_is_kept(tokenizer: Any) -> None:
+    """Index 9's two rollouts at u = 0.1 tie; which is likelier decides, whatever the seed says."""
+    for likely in (0, 1):
+        batch = put(tokenizer, [(9, [NEAR, NEAR, FARTHEST])], f"likely-{likely}")
+        log_probs = torch.full((1, 3), -0.1)
+        fields = TensorDict({"rollout_log_probs": log_probs}, batch_size=1)
+        tq.kv_batch_put(keys=[f"u9_{likely}_0"], partition_id=f"likely-{likely}", fields=fields)
+        small = trainer(tokenizer, 1, tie_rule="most-probable")._balance_batch(batch, {})
+        assert small.keys == ["u9_2_0", f"u9_{likely}_0"]
 
 
 def test_without_any_signal_one_pair_goes_on_and_is_not_counted(tokenizer: Any) -> None:

@@ -421,6 +421,68 @@ def test_step_in_which_every_rollout_hits_does_no_harm(workspace: Path, artifact
         assert torch.equal(tensor, start[name]), name
 
 
+# -- (i) the other arms, the other terms of the loss, validation -----------------------------------------
+
+
+def test_repair_alone_trains_on_whole_groups_and_validates_exactly(
+    recast_job: Job, workspace: Path, artifacts: tuple[Path, Path]
+) -> None:
+    """With verl's own estimator, an entropy bonus, fixed micro-batches and two updates a step."""
+    micro = [
+        f"verl.actor_rollout_ref.{name}_per_gpu={size}"
+        for name, size in (
+            ("actor.ppo_micro_batch_size", 4),
+            ("ref.log_prob_micro_batch_size", 2),
+            ("rollout.log_prob_micro_batch_size", 8),
+        )
+    ]
+    fixed = [
+        "verl.actor_rollout_ref.actor.use_dynamic_bsz=false",
+        "verl.actor_rollout_ref.ref.log_prob_use_dynamic_bsz=false",
+        "verl.actor_rollout_ref.rollout.log_prob_use_dynamic_bsz=false",
+    ]
+    terms = ["rl.entropy_coef=0.01", "rl.mini_batch_prompts=2", "rl.validate_every=2"]
+    job = succeed(train(workspace, "repair-only", "method.name=repair-only", *micro, *fixed, *terms))
+    start, *steps = job.metrics
+    for found in steps:
+        assert found["signal/kept_samples"] == PROMPTS * GROUP and found["signal/skipped_groups"] == 0
+        assert found["signal/repaired_groups"] == found["signal/all_zero"] * PROMPTS
+        assert found["signal/all_zero_after_repair"] == 0
+        assert np.isfinite(found["actor/entropy_loss"]) and found["actor/entropy_loss"] > 0
+    assert steps[0]["signal/hit_rate"] == recast_job.metrics[0]["signal/hit_rate"], "the same rollouts"
+    by_prompt: dict[str, list[float]] = {}
+    for row in job.dump(1):
+        by_prompt.setdefault(row["uid"].split("_")[0], []).append(row["score"])
+    assert all(len(scores) == GROUP and sum(scores) >= 1 for scores in by_prompt.values())
+
+    # verl's log holds what `recast evaluate` says of the same model, with the history kept
+    (source,) = {name.split("/")[1] for name in start if name.startswith("val-core/")}
+    for logged, model in ((start, workspace / "warm_start" / "model"), (steps[-1], job.out / "model")):
+        data, tokenizer = artifacts
+        evaluated = evaluate_model(model, tokenizer, data, "validation", modes=("history_kept",))
+        means = evaluated.means(mode="history_kept")
+        for logged_name, name in (("pass@10", "hr@10"), ("recall@5", "recall@5"), ("ndcg@10", "ndcg@10")):
+            assert logged[f"val-core/{source}/{logged_name}"] == pytest.approx(means[name], abs=1e-9)
+        assert logged[f"val-aux/{source}/invalid"] == 0
+    assert not [name for found in job.metrics for name in found if "best@" in name], "verl's bootstrap"
+
+
+def test_contrast_alone_under_the_full_batch_scale_skips_the_empty_groups(
+    recast_job: Job, workspace: Path
+) -> None:
+    prompts, sizes = 8, ("rl.steps=1", "rl.prompts_per_step=8", "rl.group_size=6")
+    options = ("method.loss_scale=full-batch", "method.tie_rule=most-probable", *sizes)
+    job = succeed(train(workspace, "contrast-only", "method.name=contrast-only", *options))
+    (found,) = job.metrics
+    empty = round(found["signal/all_zero"] * prompts)
+    assert 0 < empty < prompts, "or nothing is shown"
+    assert found["signal/repaired_groups"] == found["signal/anchor_share"] == 0
+    assert found["signal/skipped_groups"] == empty  # nobody hits with all of 6
+    assert found["signal/kept_samples"] == 2 * (prompts - empty)
+    assert found["signal/all_zero_after_repair"] == found["signal/all_zero"]
+    assert found["actor/grad_norm"] > 0
+
+
 # -- (e) failures ----------------------------------------------------------------------------------------
 
 

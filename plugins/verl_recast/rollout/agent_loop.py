@@ -29,6 +29,7 @@ from verl_recast.catalogue import Catalogue
 from verl_recast.groups import require_own_index, response_fields
 from verl_recast.reward import require_targets
 from verl_recast.settings import RecastSettings
+from verl_recast.validation import beam_info
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,10 @@ class GroupLoopWorker(AgentLoopWorker):
         require_own_index([(int(row["index"]), (prompt, target)) for row, prompt, target in found])
         out = await self._answers(rows, prompts, validate=validate)
         hits_BG, scores_BG, valid_BG = score_groups(self.catalogue, targets, out["codes_BGL"])
-        keys, fields, tags = self._records(rows, prompts, out, hits_BG, scores_BG)
+        infos = _infos(hits_BG, scores_BG)
+        if validate and self.rollout_config.val_kwargs.temperature == 0:
+            infos = _with_ranks(infos, targets, out["codes_BGL"], valid_BG)
+        keys, fields, tags = self._records(rows, prompts, out, infos)
         await tq.async_kv_batch_put(
             keys=keys, fields=list_of_dict_to_tensordict(fields), tags=tags, partition_id=partition
         )
@@ -127,16 +131,14 @@ class GroupLoopWorker(AgentLoopWorker):
         rows: list[dict[str, Any]],
         prompts: list[list[int]],
         out: dict[str, Any],
-        hits_BG: np.ndarray,
-        scores_BG: np.ndarray,
+        infos: list[list[dict[str, float]]],
     ) -> tuple[list[str], list[dict[str, Any]], list[dict[str, Any]]]:
         """TransferQueue keys, fields and tags of every rollout; a missing beam (-1) leaves no record."""
         codes_BGL, log_probs_BGL = out["codes_BGL"], out["log_probs_BGL"]
         tokens_BGL = torch.from_numpy(self.catalogue.token_ids(codes_BGL))
         keys, fields, tags = [], [], []
         for b, g in np.argwhere((codes_BGL >= 0).all(axis=-1)).tolist():
-            info = {"hit": hits_BG[b, g], "structural_score": scores_BG[b, g]}
-            record = _record(rows[b], prompts[b], tokens_BGL[b, g], info, out["global_steps"])
+            record = _record(rows[b], prompts[b], tokens_BGL[b, g], infos[b][g], out["global_steps"])
             record["session_id"] = g
             if self.rollout_config.calculate_log_probs:
                 record["rollout_log_probs"] = torch.from_numpy(log_probs_BGL[b, g]).float()
@@ -166,8 +168,32 @@ def score_groups(
     return hits_BG, scores_BG, valid_BG
 
 
+def _infos(hits_BG: np.ndarray, scores_BG: np.ndarray) -> list[list[dict[str, float]]]:
+    """verl's reward extras of every rollout."""
+    return [
+        [{"hit": float(hit), "structural_score": float(score)} for hit, score in zip(*group, strict=True)]
+        for group in zip(hits_BG, scores_BG, strict=True)
+    ]
+
+
+def _with_ranks(
+    infos: list[list[dict[str, float]]],
+    targets: list[list[tuple[int, ...]]],
+    codes_BGL: np.ndarray,
+    valid_BG: np.ndarray,
+) -> list[list[dict[str, float]]]:
+    """The same with what exact ranking metrics need: the beams of a group come in descending order."""
+    return [
+        [
+            info | beam_info(codes, rank, targets[b], valid=bool(valid_BG[b, rank]))
+            for rank, (info, codes) in enumerate(zip(infos[b], codes_BGL[b].tolist(), strict=True))
+        ]
+        for b in range(len(infos))
+    ]
+
+
 def _record(
-    row: dict[str, Any], prompt: list[int], response: torch.Tensor, info: dict[str, Any], weights_step: int
+    row: dict[str, Any], prompt: list[int], response: torch.Tensor, info: dict[str, float], weights_step: int
 ) -> dict[str, Any]:
     """The fields of one rollout, as verl's own agent loop writes them."""
     prompt_ids = torch.tensor(prompt, dtype=torch.int64)
@@ -175,10 +201,10 @@ def _record(
     fields: dict[str, Any] = {name: row[name] for name in DATASET_FIELDS if name in row}
     fields |= {
         "prompts": prompt_ids,
-        **response_fields(prompt_ids, response, float(info["hit"])),
+        **response_fields(prompt_ids, response, info["hit"]),
         "num_turns": 2,
         "extra_fields": {
-            "reward_extra_info": {name: float(value) for name, value in info.items()},
+            "reward_extra_info": info,
             "producer": "rollout",
             **steps,
         },
