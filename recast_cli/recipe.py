@@ -7,7 +7,6 @@ reported at once; unknown keys are errors.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +15,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from recast_cli.errors import RecipeError
+from recast_cli.layered_yaml import read_layers
 
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, le=1)]
@@ -42,15 +42,13 @@ OWN_OPTIONS = {
     "trainer.default_local_dir": "out",
     "verl.trainer.total_training_steps": "rl.steps",
     "verl.trainer.save_freq": "rl.save_every",
+    "verl.trainer.test_freq": "rl.validate_every",
     "verl.actor_rollout_ref.rollout.n": "rl.group_size",
     "verl.actor_rollout_ref.model.path": "model",
     "verl.data.train_files": "data",
     "verl.data.train_batch_size": "rl.prompts_per_step",
     "verl.algorithm.adv_estimator": "method.name",
 }
-
-_COMMENT = re.compile(r"\s#")
-_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 class Section(BaseModel):
@@ -87,10 +85,13 @@ class RL(Section):
     kl_coef: Weight = 0.001
     clip_low: Rate = 0.2
     clip_high: Rate = 0.28
-    loss_agg_mode: Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean"] = (
-        "token-mean"
-    )
+    loss_agg_mode: Literal[
+        "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"
+    ] = "token-mean"
+    entropy_coef: Weight = 0.0
     max_tokens_per_micro_batch: Positive = 8192
+    validate_every: int = Field(-1, ge=-1, description="steps between validations in verl's log; -1: none")
+    validate_beams: Positive = Field(10, description="answers of a validation prompt, the best of them first")
     save_every: int = Field(-1, ge=-1, description="steps between checkpoints; -1 saves the last step only")
 
     @model_validator(mode="after")
@@ -108,20 +109,43 @@ class RL(Section):
         return self.prompts_per_step // (self.mini_batch_prompts or self.prompts_per_step)
 
 
+# The arms of the paper's ablation; GRPO is verl's own trainer, without any of it.
+CONTRASTING = ("recast", "contrast-only")
+REPAIRING = ("recast", "repair-only")
+_OPTION_OF = {
+    "w_positive": CONTRASTING,
+    "w_negative": CONTRASTING,
+    "tie_rule": CONTRASTING,
+    "loss_scale": CONTRASTING,
+    "anchor_rule": REPAIRING,
+}
+
+
 class Method(Section):
     """What is done with the rollouts of a group."""
 
-    name: Literal["recast", "grpo", "sft-continued", "sft"] = "recast"
-    w_positive: Weight = Field(1.0, description="advantage of the strongest positive (recast)")
-    w_negative: Weight = Field(1.0, description="minus the advantage of the hardest negative (recast)")
+    name: Literal["recast", "repair-only", "contrast-only", "grpo", "sft-continued", "sft"] = "recast"
+    w_positive: Weight = Field(1.0, description="advantage of the strongest positive (contrast)")
+    w_negative: Weight = Field(1.0, description="minus the advantage of the hardest negative (contrast)")
+    tie_rule: Literal["seeded", "most-probable"] = Field(
+        "seeded", description="which of equally hard negatives is kept (contrast)"
+    )
+    anchor_rule: Literal["seeded", "first"] = Field(
+        "seeded", description="which of several targets an anchor is built from (repair)"
+    )
+    loss_scale: Literal["kept", "full-batch"] = Field(
+        "kept", description="average the loss over what is kept, or over the whole groups (contrast)"
+    )
 
     @model_validator(mode="after")
-    def _weights_count(self) -> Method:
-        if self.name != "recast" and (self.w_positive, self.w_negative) != (1, 1):
-            raise ValueError(
-                f"w_positive {self.w_positive:g} and w_negative {self.w_negative:g} are weights of recast, "
-                f"{self.name} has none"
-            )
+    def _options_count(self) -> Method:
+        for option, methods in _OPTION_OF.items():
+            found = getattr(self, option)
+            if self.name not in methods and found != type(self).model_fields[option].default:
+                shown = f"{found:g}" if isinstance(found, float) else found
+                raise ValueError(
+                    f"{option} {shown} is an option of {' and '.join(methods)}, not of {self.name}"
+                )
         return self
 
 
@@ -192,83 +216,13 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML without duplicate keys: the first of two `rl:` sections would be lost without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]  # `<<: *base`
-        keys = [self.construct_object(key, deep=True) for key in own]
-        repeated = next((key for place, key in enumerate(keys) if key in keys[:place]), None)
-        if repeated is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"key {repeated!r} twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _yaml(text: str) -> Any:
-    """Raises yaml.YAMLError for everything that is no YAML value, whatever the library raises."""
-    try:
-        return yaml.load(text, _Loader)
-    except (ValueError, RecursionError) as exc:  # a date like 2024-99-99, an endless number, deep nesting
-        raise yaml.YAMLError(str(exc)) from exc
-
-
-def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in top.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    if path.resolve() in seen:
-        raise RecipeError(f"{path} extends itself", "remove the circular `extends:`")
-    try:
-        content = _yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(f"recipe {path} does not exist", "see the recipes/ folder for examples") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
-        problem = " ".join(str(exc).split())
-        raise RecipeError(f"recipe {path} cannot be read: {problem}", "it must be a YAML mapping") from exc
-    if not isinstance(content, dict):
-        raise RecipeError(f"recipe {path} holds a {type(content).__name__}, needed a mapping", "see recipes/")
-    parent = content.pop("extends", None)
-    return (
-        content
-        if parent is None
-        else _merge(_read(path.parent / str(parent), (*seen, path.resolve())), content)
-    )
-
-
-def _override(text: str) -> dict[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise RecipeError(f"override {text!r} is not of the form key=value", "for example rl.steps=20")
-    if _COMMENT.search(value) and value.lstrip()[:1] not in tuple("'\"[{"):
-        value = yaml.safe_dump(value.strip())  # a command line has no comments: out=runs/a #1 is all of it
-    try:
-        nested: Any = _yaml(value) if value else None
-    except yaml.YAMLError as exc:
-        raise RecipeError(f"override {text!r} has an unreadable value", "quote it as YAML") from exc
-    if _EXPONENT.fullmatch(value.strip()):  # YAML 1.1 reads 1e-3 as text
-        nested = float(value)
-    parts = key.strip().split(".")
-    if parts[0] in ("verl", "verl_sft") and len(parts) > 1:  # verl's own keys have dots
-        return {parts[0]: {".".join(parts[1:]): nested}}
-    for part in reversed(parts):
-        nested = {part: nested}
-    return nested
-
-
 def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
     """Read, merge and validate a recipe.
 
     Raises:
         RecipeError: listing every violation, each with its field, the value found and the value needed.
     """
-    content = _read(Path(path))
-    for text in overrides:
-        content = _merge(content, _override(text))
+    content = read_layers(Path(path), overrides)
     try:
         return Recipe.model_validate(content)
     except ValidationError as exc:

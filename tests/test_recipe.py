@@ -225,13 +225,23 @@ def test_minibatches_must_divide_the_prompts_of_a_step(write) -> None:
         load_recipe(path, ["rl.prompts_per_step=12", "rl.mini_batch_prompts=5"])
 
 
-def test_weights_of_recast_are_no_weights_of_another_method(write) -> None:
-    path = write(MINIMAL)
-    assert load_recipe(path, ["method.w_negative=0.25"]).method.w_negative == 0.25
-    with pytest.raises(
-        RecipeError, match=r"w_positive 1 and w_negative 0\.25 are weights of recast, grpo has"
-    ):
-        load_recipe(path, ["method.w_negative=0.25", "method.name=grpo"])
+@pytest.mark.parametrize(
+    ("option", "name", "owners"),
+    [
+        ("w_negative=0.25", "grpo", "recast and contrast-only"),
+        ("w_positive=2", "repair-only", "recast and contrast-only"),
+        ("tie_rule=most-probable", "repair-only", "recast and contrast-only"),
+        ("loss_scale=full-batch", "sft-continued", "recast and contrast-only"),
+        ("anchor_rule=first", "contrast-only", "recast and repair-only"),
+    ],
+)
+def test_an_option_of_one_method_is_none_of_another(write, option: str, name: str, owners: str) -> None:
+    path, (key, value) = write(MINIMAL), option.split("=")
+    for owner in owners.split(" and "):
+        method = load_recipe(path, [f"method.{option}", f"method.name={owner}"]).method
+        assert str(getattr(method, key)).startswith(value)
+    with pytest.raises(RecipeError, match=f"{key} {value} is an option of {owners}, not of {name}"):
+        load_recipe(path, [f"method.{option}", f"method.name={name}"])
 
 
 def test_resolved_recipe_reads_back_as_itself(write, tmp_path: Path) -> None:
@@ -259,12 +269,13 @@ def test_every_shipped_recipe_loads(path: Path) -> None:
 
 def test_shipped_methods_differ_in_method_folder_and_tuned_rate_alone() -> None:
     folder = ROOT / "recipes" / "ml-100k"
-    found = {name: load_recipe(folder / f"{name}.yaml") for name in ("recast", "grpo", "sft-continued")}
+    names = ("recast", "grpo", "sft-continued", "repair-only", "contrast-only")
+    found = {name: load_recipe(folder / f"{name}.yaml") for name in names}
     for name, recipe in found.items():
         assert recipe.method.name == name
         own = {"method": True, "out": True, "rl": {"learning_rate"}}
         assert recipe.model_dump(exclude=own) == found["recast"].model_dump(exclude=own)
-    assert len({recipe.out for recipe in found.values()}) == 3
+    assert len({recipe.out for recipe in found.values()}) == len(names)
 
 
 def test_ray_needs_three_cpus_for_each_training_worker(write) -> None:

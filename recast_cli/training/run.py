@@ -14,7 +14,7 @@ from recast_cli.artifacts import weights_sha256, write_manifest
 from recast_cli.errors import ArtifactError, DataError
 from recast_cli.outputs import atomic_text
 from recast_cli.provenance import git_state, versions
-from recast_cli.recipe import Recipe, dump_recipe
+from recast_cli.recipe import CONTRASTING, Recipe, dump_recipe
 from recast_cli.training import placement, run_directory, verl_args
 from recast_cli.training.inputs import Inputs
 from recast_cli.training.process import OnStep, hf_checkpoints, require_space, run_verl
@@ -47,9 +47,10 @@ def continued_sft_rows(rows: pa.Table) -> pa.Table:
 
 def num_records(recipe: Recipe) -> int:
     """Records that verl logs of a run: one per RL step, and one per update of the control, which makes as
-    many."""
-    control = recipe.method.name == "sft-continued"
-    return recipe.rl.steps * (recipe.rl.updates_per_step if control else 1)
+    many; with validations one more, of the start."""
+    if recipe.method.name == "sft-continued":
+        return recipe.rl.steps * recipe.rl.updates_per_step
+    return recipe.rl.steps + (recipe.rl.validate_every > 0)
 
 
 def job(recipe: Recipe, inputs: Inputs, model: Path, out: Path) -> tuple[list[str], list[str]]:
@@ -159,12 +160,11 @@ def estimate(recipe: Recipe, inputs: Inputs) -> dict[str, int]:
     length = inputs.prompt_length + inputs.num_levels
     if recipe.method.name.startswith("sft"):
         length = inputs.example_length
+    whole = groups * recipe.rl.group_size
     rollouts, rows = {
-        "recast": (groups * recipe.rl.group_size, 2 * groups),
-        "grpo": (groups * recipe.rl.group_size, groups * recipe.rl.group_size),
         "sft-continued": (0, groups),
         "sft": (0, inputs.num_sft_rows * recipe.warm_start.epochs),
-    }[recipe.method.name]
+    }.get(recipe.method.name, (whole, 2 * groups if recipe.method.name in CONTRASTING else whole))
     return {
         "rollouts": rollouts,
         "actor_rows": rows,

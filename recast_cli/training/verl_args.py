@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recast_cli.errors import EnvironmentFault, RecipeError
-from recast_cli.recipe import Recipe
+from recast_cli.recipe import CONTRASTING, REPAIRING, Recipe
 from recast_cli.training.placement import packs_rows, resolve_device
 
 LOOP_MANAGER = "verl_recast.rollout.agent_loop.GroupLoopManager"
@@ -170,7 +170,7 @@ def rl_arguments(
         "data.truncation": "error",
         "data.shuffle": False,  # rows are drawn by the launcher, so that every method sees the same ones
         "data.dataloader_num_workers": 0,
-        **_actor_options(recipe, model),
+        **_actor_options(recipe, model, num_levels),
         **_rollout_options(recipe, prompt_length, num_levels, rollout_log),
         **dict.fromkeys(MICRO_BATCH_TOKENS, tokens),
         **_trainer_options(recipe, out),
@@ -179,7 +179,7 @@ def rl_arguments(
     return _arguments(options | recipe.verl)
 
 
-def _actor_options(recipe: Recipe, model: Path) -> dict[str, Any]:
+def _actor_options(recipe: Recipe, model: Path, num_levels: int) -> dict[str, Any]:
     """Model, loss, optimiser and micro-batches of actor and reference."""
     rl, device = recipe.rl, resolve_device(recipe)
     packed = packs_rows(device)
@@ -200,6 +200,8 @@ def _actor_options(recipe: Recipe, model: Path) -> dict[str, Any]:
         f"{actor}.clip_ratio_low": rl.clip_low,
         f"{actor}.clip_ratio_high": rl.clip_high,
         f"{actor}.loss_agg_mode": rl.loss_agg_mode,
+        f"{actor}.loss_scale_factor": num_levels if rl.loss_agg_mode == "seq-mean-token-sum-norm" else None,
+        f"{actor}.entropy_coeff": rl.entropy_coef,
         f"{actor}.checkpoint.save_contents": ["model", "optimizer", "extra", "hf_model"],
         f"{actor}.data_loader_seed": recipe.seed,
         f"{ref}.log_prob_use_dynamic_bsz": True,
@@ -227,6 +229,8 @@ def _rollout_options(recipe: Recipe, prompt_length: int, num_levels: int, log: P
         f"{rollout}.free_cache_engine": False,
         f"{rollout}.dtype": "float32" if resolve_device(recipe) == "cpu" else "bfloat16",
         f"{rollout}.seed": recipe.seed,
+        f"{rollout}.val_kwargs.n": recipe.rl.validate_beams,
+        f"{rollout}.val_kwargs.temperature": 0,
     }
 
 
@@ -241,8 +245,8 @@ def _trainer_options(recipe: Recipe, out: Path) -> dict[str, Any]:
         "trainer.project_name": "recast",
         "trainer.experiment_name": recipe.method.name,
         "trainer.logger": ["console", "file"],
-        "trainer.val_before_train": False,
-        "trainer.test_freq": -1,
+        "trainer.val_before_train": rl.validate_every > 0,
+        "trainer.test_freq": rl.validate_every if rl.validate_every > 0 else -1,
         "trainer.total_training_steps": rl.steps,
         "trainer.total_epochs": 1,
         "trainer.save_freq": rl.save_every if rl.save_every > 0 else rl.steps,
@@ -268,16 +272,12 @@ def _trainer_options(recipe: Recipe, out: Path) -> dict[str, Any]:
 
 def _method_options(recipe: Recipe) -> dict[str, Any]:
     """What makes a run one method and not another."""
-    if recipe.method.name == "recast":
-        return {
-            "trainer.v1.trainer_mode": "recast",
-            "algorithm.adv_estimator": "recast",
-            "+algorithm.recast.w_positive": recipe.method.w_positive,
-            "+algorithm.recast.w_negative": recipe.method.w_negative,
-            "+algorithm.recast.seed": recipe.seed,
-        }
-    return {
-        "trainer.v1.trainer_mode": "sync",
-        "algorithm.adv_estimator": "grpo",
-        "+algorithm.recast.seed": recipe.seed,  # the rollouts' seed: every method draws alike
-    }
+    method = recipe.method
+    seed = {"+algorithm.recast.seed": recipe.seed}  # of the rollouts too: every method draws alike
+    if method.name not in (*CONTRASTING, *REPAIRING):
+        return {"trainer.v1.trainer_mode": "sync", "algorithm.adv_estimator": "grpo", **seed}
+    # A group that was only repaired is normalised like any other.
+    estimator = "recast" if method.name in CONTRASTING else "grpo"
+    options = {"trainer.v1.trainer_mode": "recast", "algorithm.adv_estimator": estimator}
+    settings = {"arm": method.name, **method.model_dump(exclude={"name"})}
+    return options | {f"+algorithm.recast.{name}": value for name, value in settings.items()} | seed

@@ -144,10 +144,23 @@ def test_recast_recipe_is_accepted_by_its_trainer(make_recipe) -> None:
     from verl_recast.check_config import check_config
     from verl_recast.settings import RecastSettings
 
-    recipe = make_recipe(method={"name": "recast", "w_negative": 0.25}, seed=7)
+    chosen = {"w_negative": 0.25, "tie_rule": "most-probable", "loss_scale": "full-batch"}
+    recipe = make_recipe(method={"name": "recast", "anchor_rule": "first", **chosen}, seed=7)
     config = composed("verl.trainer.main_ppo", rl(recipe))
     check_config(config)
-    assert RecastSettings.from_algorithm(config.algorithm) == RecastSettings(1.0, 0.25, 7)
+    expected = RecastSettings("recast", 1.0, 0.25, "most-probable", "first", "full-batch", 7)
+    assert RecastSettings.from_algorithm(config.algorithm) == expected
+
+
+@pytest.mark.parametrize(("name", "estimator"), [("repair-only", "grpo"), ("contrast-only", "recast")])
+def test_the_arms_of_the_ablation_are_accepted_too(make_recipe, name: str, estimator: str) -> None:
+    from verl_recast.check_config import check_config
+    from verl_recast.settings import RecastSettings
+
+    config = composed("verl.trainer.main_ppo", rl(make_recipe(method={"name": name}, seed=7)))
+    check_config(config)
+    assert (config.algorithm.adv_estimator, config.trainer.v1.trainer_mode) == (estimator, "recast")
+    assert RecastSettings.from_algorithm(config.algorithm) == RecastSettings(arm=name, seed=7)
 
 
 def test_methods_differ_in_trainer_and_estimator_alone(make_recipe) -> None:
@@ -156,8 +169,10 @@ def test_methods_differ_in_trainer_and_estimator_alone(make_recipe) -> None:
     assert differing == {
         "trainer.v1.trainer_mode",
         "algorithm.adv_estimator",
-        "algorithm.recast.w_positive",
-        "algorithm.recast.w_negative",
+        *(
+            f"algorithm.recast.{name}"
+            for name in ("arm", "w_positive", "w_negative", "tie_rule", "anchor_rule", "loss_scale")
+        ),
         "trainer.experiment_name",
     }
     assert recast["algorithm.recast.seed"] == grpo["algorithm.recast.seed"]  # the rollouts' seed
@@ -194,8 +209,16 @@ def test_numbers_of_the_recipe_reach_verl(make_recipe) -> None:
     # the longest row must fit, and so must verl's padding row of 128 tokens
     small = composed("verl.trainer.main_ppo", rl(make_recipe(rl={"max_tokens_per_micro_batch": 7})))
     assert [OmegaConf.select(small, key) for key in verl_args.MICRO_BATCH_TOKENS] == [128] * 3
-    every = composed("verl.trainer.main_ppo", rl(make_recipe(rl={"save_every": 2})))
-    assert every.trainer.save_freq == 2
+    assert (config.trainer.test_freq, config.trainer.val_before_train) == (-1, False)
+    assert (actor.entropy_coeff, actor.loss_scale_factor) == (0, None)
+    chosen = {"validate_every": 3, "validate_beams": 20, "entropy_coef": 0.01}
+    numbers = {"save_every": 2, "loss_agg_mode": "seq-mean-token-sum-norm", **chosen}
+    every = composed("verl.trainer.main_ppo", rl(make_recipe(rl=numbers)))
+    assert (every.trainer.save_freq, every.trainer.test_freq, every.trainer.val_before_train) == (2, 3, True)
+    values = every.actor_rollout_ref.rollout.val_kwargs
+    assert (values.n, values.temperature, values.do_sample) == (20, 0, False)  # beams
+    actor = every.actor_rollout_ref.actor
+    assert (actor.entropy_coeff, actor.loss_scale_factor) == (0.01, 3)  # every answer has three codes
 
 
 def test_warm_start_saves_every_epoch_and_control_has_the_schedule_of_rl(make_recipe) -> None:
@@ -234,3 +257,4 @@ def test_the_control_makes_as_many_updates_as_rl_at_the_same_rates(make_recipe, 
     assert config.trainer.total_training_steps == run.num_records(recipe) == 15
     assert config.optim.lr_warmup_steps == 2 * 3
     assert run.num_records(make_recipe(rl=rl)) == 5
+    assert run.num_records(make_recipe(rl={**rl, "validate_every": 2})) == 6  # and the start
