@@ -14,7 +14,9 @@ A process that uses none of them is left as it was.
 
 from __future__ import annotations
 
+import functools
 import os
+from typing import Any
 
 from verl_recast.import_hooks import after_import
 
@@ -22,12 +24,20 @@ ROLLOUT_NAME = "recast_sid"
 
 
 def _check_config_early() -> None:
-    # main_ppo calls it before it starts Ray; a process whose config names neither piece sees no difference.
-    from verl.utils import config
+    """main_ppo has verl check its config before it starts Ray: ours is checked there too, if it is for us."""
+    from verl.utils import config as verl_config
 
-    from verl_recast.check_config import checked
+    stock = verl_config.validate_config
 
-    config.validate_config = checked(config.validate_config)
+    @functools.wraps(stock)
+    def validate_config(config: Any, *args: Any, **kwargs: Any) -> None:
+        stock(config, *args, **kwargs)
+        from verl_recast.check_config import check_config, uses_recast
+
+        if uses_recast(config):
+            check_config(config)
+
+    verl_config.validate_config = validate_config
 
 
 def _register_estimator() -> None:

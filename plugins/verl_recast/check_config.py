@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 from verl_recast import ROLLOUT_NAME
@@ -15,18 +13,6 @@ KEPT_PER_GROUP = 2
 def uses_recast(config: Any) -> bool:
     """Whether a verl config asks for our trainer or our estimator."""
     return _mode(config) == TRAINER_MODE or config.algorithm.get("adv_estimator") == ESTIMATOR
-
-
-def checked(validate_config: Callable[..., None]) -> Callable[..., None]:
-    """verl's own check of a config, which runs before Ray starts, and then ours if the config is for us."""
-
-    @functools.wraps(validate_config)
-    def validate(config: Any, *args: Any, **kwargs: Any) -> None:
-        validate_config(config, *args, **kwargs)
-        if uses_recast(config):
-            check_config(config)
-
-    return validate
 
 
 def check_config(config: Any) -> None:
