@@ -185,6 +185,10 @@ class Recipe(Section):
             for name, instead in OWN_OPTIONS.items():
                 if key.endswith(name):
                     raise ValueError(f"{key} is {value}: set {instead} instead, which is checked")
+            if key.endswith(("model.lora_rank", "model.lora.rank")) and value:
+                raise ValueError(
+                    f"{key} is {value}, needs 0: verl saves adapters as no model that can be loaded"
+                )
             if key.endswith("trainer.logger") and "file" not in str(value):
                 raise ValueError(f"{key} is {value}, needed file in it: recast reads the steps from there")
         return self

@@ -313,6 +313,8 @@ def test_what_would_be_ignored_or_hang_is_refused(write) -> None:
     nested = MINIMAL + "verl: {ray_kwargs: {ray_init: {num_cpus: 3}}}\n"
     with pytest.raises(RecipeError, match=r"verl\.ray_kwargs\.ray_init\.num_cpus is 3"):
         load_recipe(write(nested))
+    with pytest.raises(RecipeError, match=r"model\.lora_rank is 8, needs 0: verl saves adapters as no model"):
+        load_recipe(write(MINIMAL), ["verl.actor_rollout_ref.model.lora_rank=8"])
     with pytest.raises(RecipeError, match="method sft is the warm start alone, and model names a start: M"):
         load_recipe(write(MINIMAL), ["method.name=sft", "model=M"])
 

@@ -35,7 +35,7 @@ def check_config(config: Any) -> None:
     _check_batches(config, KEPT_PER_GROUP if settings.contrasts else worker.rollout.n)
     _require(not worker.actor.shuffle, "actor.shuffle", True, "False (mini-batches are laid out by prompt)")
     _check_loss(worker)
-    _check_engine(worker)
+    _check_lora(worker, config.trainer.get("device"))
     if settings.tie_rule == "most-probable":
         needed = "True (algorithm.recast.tie_rule=most-probable compares sampling log-probs)"
         found = worker.rollout.calculate_log_probs
@@ -124,12 +124,15 @@ def _check_loss(worker: Any) -> None:
     _require(not (unset and ragged), "actor.loss_scale_factor", None, needed)
 
 
-def _check_engine(worker: Any) -> None:
-    """What the SID engine does not serve."""
-    if worker.rollout.get("name") != ROLLOUT_NAME:
-        return
+def _check_lora(worker: Any, device: str | None) -> None:
+    """Adapters reach a rollout engine merged into the weights, which verl can do where FSDP wraps them."""
     lora = worker.model.get("lora") or {}
     rank = lora.get("rank", 0) or worker.model.get("lora_rank", 0)
-    merged = bool(lora.get("merge", False))
-    needed = f"True ({ROLLOUT_NAME} takes whole weights, no adapters)"
-    _require(rank <= 0 or merged, "model.lora.merge", merged, needed)
+    if rank <= 0:
+        return
+    needed = "0 on the CPU platform (one rank is not wrapped, and verl merges adapters of FSDP modules only)"
+    _require(device != "cpu", "model.lora_rank", rank, needed)
+    if worker.rollout.get("name") == ROLLOUT_NAME:
+        merged = bool(lora.get("merge", False))
+        needed = f"True ({ROLLOUT_NAME} takes whole weights, no adapters)"
+        _require(merged, "model.lora.merge", merged, needed)

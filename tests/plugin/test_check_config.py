@@ -138,6 +138,10 @@ def test_refuses_by_name_with_the_value_found_and_the_value_needed(override: str
             ),
             "rollout.calculate_log_probs is False, needs True (algorithm.recast.tie_rule=most-probable",
         ),
+        (
+            ("actor_rollout_ref.model.lora_rank=8", "trainer.device=cpu"),
+            "model.lora_rank is 8, needs 0 on the CPU platform",
+        ),
         ((*arm("stock", "gae"),), "critic.enable is None, needs False or null, and an estimator without"),
         (
             (*arm("repair-only", "grpo"), f"{MICRO}=3"),
