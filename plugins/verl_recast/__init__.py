@@ -15,9 +15,11 @@ A process that uses none of them is left as it was.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from typing import Any
 
+from verl_recast.band import problem, require_tested
 from verl_recast.import_hooks import after_import
 
 ROLLOUT_NAME = "recast_sid"
@@ -32,9 +34,11 @@ def _check_config_early() -> None:
     @functools.wraps(stock)
     def validate_config(config: Any, *args: Any, **kwargs: Any) -> None:
         stock(config, *args, **kwargs)
-        from verl_recast.check_config import check_config, uses_recast
+        mode = (config.trainer.get("v1") or {}).get("trainer_mode")
+        if mode == "recast" or config.algorithm.get("adv_estimator") == "recast":
+            require_tested()
+            from verl_recast.check_config import check_config
 
-        if uses_recast(config):
             check_config(config)
 
     verl_config.validate_config = validate_config
@@ -92,8 +96,13 @@ def _measure_engine() -> None:
     measure.wrap(FSDPEngine)
 
 
-after_import("verl.plugin.platform", _register_platform)
 after_import("verl.utils.config", _check_config_early)
+if (refusal := problem("verl")) is not None:
+    if os.environ.get("VERL_PLATFORM") == "cpu":
+        # verl itself logs why a plugin did not load at DEBUG, and would go on to miss a platform.
+        logging.getLogger(__name__).error(refusal)
+    raise ImportError(refusal)  # nothing below is registered; whoever asks for a piece of ours fails
+after_import("verl.plugin.platform", _register_platform)
 after_import("verl.trainer.ppo.core_algos", _register_estimator)
 after_import("verl.trainer.ppo.v1.trainer_sync", _register_trainer)
 after_import("verl.workers.rollout.replica", _register_replica)

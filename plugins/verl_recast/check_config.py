@@ -10,11 +10,6 @@ from verl_recast.settings import ESTIMATOR, TRAINER_MODE, RecastSettings
 KEPT_PER_GROUP = 2
 
 
-def uses_recast(config: Any) -> bool:
-    """Whether a verl config asks for our trainer or our estimator."""
-    return _mode(config) == TRAINER_MODE or config.algorithm.get("adv_estimator") == ESTIMATOR
-
-
 def check_config(config: Any) -> None:
     """Refuse, before any worker starts, settings under which the method would silently be something else.
 

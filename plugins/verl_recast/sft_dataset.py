@@ -38,9 +38,9 @@ class ItemSFTDataset(MultiTurnSFTDataset):
         input_ids, loss_mask, attention_mask, inputs = self._tokens[key]
         return input_ids, loss_mask, attention_mask, dict(inputs)
 
-    def sanity_check(self, input_ids: Any, messages: list, *args: Any) -> None:
+    def sanity_check(self, input_ids: Any, messages: list, tools: Any, enable_thinking: Any) -> None:
         # One template renders every row: if message by message equals the whole once, it always does. A row
         # of one message proves nothing.
         if not self._checked:
-            super().sanity_check(input_ids, messages, *args)
+            super().sanity_check(input_ids, messages, tools, enable_thinking)
             self._checked = len(messages) > 1

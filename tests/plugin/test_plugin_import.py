@@ -81,6 +81,7 @@ def test_a_process_that_does_not_use_it_is_left_as_it_was() -> None:
     ours = {name for name in added if name.startswith(("verl_recast", "recast_cli"))}
     assert ours <= {
         "verl_recast",
+        "verl_recast.band",
         "verl_recast.import_hooks",
         "verl_recast.platform",
         "verl_recast.platform.cpu",

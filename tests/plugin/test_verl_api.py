@@ -1,0 +1,140 @@
+"""Every symbol of verl and TransferQueue that we touch, so that an upgrade breaks here and not in a run.
+
+What is imported and what is overridden is read from our own source; bodies that ours repeats or relies on are
+held by a digest: if one changed, read it against the code named beside it, then take the new digest.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PLUGIN = Path(__file__).parents[2] / "plugins" / "verl_recast"
+HOSTS = ("verl", "transfer_queue")
+
+
+def host_imports() -> Iterator[tuple[str, str]]:
+    """(module, name) of everything that the plugin imports from its hosts, also inside functions."""
+    for path in sorted(PLUGIN.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in HOSTS:
+                yield from ((str(node.module), alias.name) for alias in node.names)
+
+
+def queue_calls() -> Iterator[str]:
+    """Names that are read from `transfer_queue as tq`."""
+    for path in sorted(PLUGIN.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "tq":
+                yield node.attr
+
+
+def plugin_modules() -> list[str]:
+    """All but the CPU engine, which replaces functions of verl when it is imported (and vLLM's, which is an
+    extra)."""
+    found = [module.name for module in pkgutil.walk_packages([str(PLUGIN)], "verl_recast.")]
+    return [name for name in found if name != "verl_recast.platform.engine" and "vllm" not in name]
+
+
+def overrides() -> Iterator[tuple[type, type, str]]:
+    """(our class, class of the host, method) for every method of the host that ours replaces."""
+    for module_name in plugin_modules():
+        module = importlib.import_module(module_name)
+        for _, ours in inspect.getmembers(module, inspect.isclass):
+            if ours.__module__ != module_name:
+                continue
+            for name in vars(ours):
+                theirs = next((base for base in ours.__mro__[1:] if name in vars(base)), None)
+                if (
+                    theirs is not None
+                    and theirs.__module__.split(".")[0] in HOSTS
+                    and not name.startswith("__")
+                ):
+                    yield ours, theirs, name
+
+
+@pytest.mark.parametrize(("module", "name"), sorted(set(host_imports())))
+def test_what_is_imported_is_there(module: str, name: str) -> None:
+    found = importlib.import_module(module)
+    assert hasattr(found, name) or importlib.util.find_spec(f"{module}.{name}") is not None
+
+
+@pytest.mark.parametrize("name", sorted(set(queue_calls())))
+def test_what_is_asked_of_the_queue_is_there(name: str) -> None:
+    assert callable(getattr(importlib.import_module("transfer_queue"), name))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "name"),
+    [pytest.param(*found, id=f"{found[0].__name__}.{found[2]}") for found in overrides()],
+)
+def test_what_is_overridden_takes_what_the_host_gives(ours: type, theirs: type, name: str) -> None:
+    stock, mine = vars(theirs)[name], vars(ours)[name]
+    if not callable(stock):
+        return
+    given = list(inspect.signature(stock).parameters.values())
+    positional = [p for p in given if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    keywords = {p.name: None for p in given if p.kind == p.KEYWORD_ONLY}
+    taken = inspect.signature(mine)
+    taken.bind(*[None] * len(positional), **keywords)  # all by place
+    named = {p.name: None for p in positional[1:]}
+    taken.bind(None, **named, **keywords)  # and all by name, as verl's callers do
+
+
+def test_the_trainer_hooks_are_found() -> None:
+    """The list above is built from our classes: it must hold what the method stands on."""
+    found = {f"{ours.__name__}.{name}" for ours, _, name in overrides()}
+    assert found >= {
+        "PPOTrainerRecast._balance_batch",
+        "PPOTrainerRecast._compute_old_log_prob",
+        "PPOTrainerRecast._update_actor",
+        "PPOTrainerRecast._val_metrics_update",
+        "GroupLoopWorker.generate_sequences",
+        "QuickReplayBuffer._sync_metadata_from_transfer_queue",
+        "SIDReplica.launch_servers",
+        "SIDRolloutAdapter.update_weights",
+    }
+
+
+def test_what_the_cpu_engine_replaces_is_there() -> None:
+    engine = importlib.import_module("verl.workers.engine.fsdp.transformer_impl")
+    build = inspect.signature(engine.FSDPEngineWithLMHead._build_fsdp_module)
+    assert list(build.parameters) == ["self", "module"]
+    mine = inspect.signature(importlib.import_module("verl_recast.platform.micro_batches").prepare)
+    mine.bind(**dict.fromkeys(inspect.signature(engine.prepare_micro_batches).parameters))
+    stock = importlib.import_module("verl.utils.torch_functional").logprobs_from_logits_v2
+    assert list(inspect.signature(stock).parameters) == ["logits", "labels"]
+
+
+# (module, object) -> digest of its source; what of ours stands on it
+BODIES = {
+    # trainer.py repeats it
+    ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._update_actor"): "d7009bd8a69d",
+    # loss_scale.py: what losses divide by
+    ("verl.workers.utils.losses", "ppo_loss"): "d7c0f8772b44",
+    # loss_scale.py: what losses divide by
+    ("verl.trainer.ppo.core_algos", "agg_loss"): "fd052ff7eb53",
+    # __init__.py: the config is checked before Ray
+    ("verl.trainer.main_ppo", "main"): "eb706c4f6622",
+}
+
+
+def source_of(module: str, name: str) -> str:
+    found: Any = importlib.import_module(module)
+    for attribute in name.split("."):
+        found = getattr(found, attribute)
+    return inspect.getsource(inspect.unwrap(found))
+
+
+@pytest.mark.parametrize(("module", "name"), list(BODIES))
+def test_bodies_that_ours_stands_on_are_as_they_were(module: str, name: str) -> None:
+    found = hashlib.sha256(source_of(module, name).encode()).hexdigest()[:12]
+    assert found == BODIES[module, name], f"{module}.{name} changed: read it against what is named in BODIES"
