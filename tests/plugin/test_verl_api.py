@@ -116,8 +116,20 @@ def test_what_the_cpu_engine_replaces_is_there() -> None:
 
 # (module, object) -> digest of its source; what of ours stands on it
 BODIES = {
+    # the hook sits between reward and old log-probs
+    ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._step_once"): "efdd4abe161c",
     # trainer.py repeats it
     ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._update_actor"): "d7009bd8a69d",
+    # trainer.py replaces it
+    ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._balance_batch"): "f9b6e887d750",
+    # validation.py reads its columns
+    ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._validate"): "f1d58a70e91d",
+    # verl_args.py: a padding row has 128 tokens
+    ("verl.trainer.ppo.padding_utils", "construct_minimal_padding_template"): "31f96671a074",
+    # loss_scale.py: tokens are counted from loss_mask
+    ("verl.workers.engine.fsdp.transformer_impl", "FSDPEngine.forward_backward_batch"): "be92c8d155f0",
+    # layout.py: which slice of a rank is which mini-batch
+    ("verl.workers.engine_workers", "TrainingWorker.train_mini_batch"): "02b50b03fe7d",
     # loss_scale.py: what losses divide by
     ("verl.workers.utils.losses", "ppo_loss"): "d7c0f8772b44",
     # loss_scale.py: what losses divide by
