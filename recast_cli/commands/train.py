@@ -21,12 +21,16 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the run in OUT; with method sft, the warm start.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in OUT from its last checkpoint.")
+    ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the run's manifest as JSON.")] = False,
 ) -> None:
     """Train a recommender: supervised warm start, then RL under stock verl.
 
     The warm start keeps the epoch with the best validation NDCG@10. A warm start or run already there, of the
-    same recipe and data, is reused.
+    same recipe and data, is reused. One that was cut short goes on with --resume (rl.save_every says how
+    often it saves) and ends with the weights it would have had.
 
     Examples:
 
@@ -41,12 +45,15 @@ def train(
     """
     from recast_cli.artifacts import load_manifest
     from recast_cli.console import note, print_json
+    from recast_cli.errors import RecipeError
     from recast_cli.models import require_start
     from recast_cli.outputs import exclusive, refuse_inside
     from recast_cli.recipe import load_recipe
     from recast_cli.training import placement, process, run_directory, verl_args, warm_start
     from recast_cli.training.inputs import Inputs
 
+    if overwrite and resume:
+        raise RecipeError("--overwrite and --resume are both given", "leave one of them out")
     settings = load_recipe(recipe, overrides or [])
     inputs = Inputs.load(settings)
     if settings.method.name != "sft":
@@ -70,7 +77,7 @@ def train(
     placement.require_gpu(settings)
     run_directory.require_room(settings)  # before a warm start of minutes, as the next
     if not overwrite and not is_warm_start:
-        run_directory.find(settings, inputs, None)
+        run_directory.find(settings, inputs, None, resume=resume)
     if make_start and not settings.method.name.startswith("sft"):  # else the job itself asks at once
         process.require_cluster(settings.ray_cpus_needed())
     model = _start_model(settings, inputs, overwrite=renew)
@@ -78,10 +85,10 @@ def train(
         manifest = load_manifest(warm_start.folder_of(settings), "warm-start")
     else:
         with exclusive(out):
-            found = None if overwrite else run_directory.find(settings, inputs, model)
+            found = None if overwrite else run_directory.find(settings, inputs, model, resume=resume)
             if found is not None:
                 note(f"reusing the finished run in {out}")
-            manifest = found or _run(settings, inputs, model, overwrite=overwrite)
+            manifest = found or _run(settings, inputs, model, overwrite=overwrite, resume=resume)
         model = out / "model"
     if json_output:
         print_json(manifest)
@@ -139,12 +146,18 @@ def _warm_up(settings: Recipe, inputs: Inputs, *, overwrite: bool) -> None:
     print_table(title, ["epoch", "ndcg@10", "hr@10"], rows)
 
 
-def _run(settings: Recipe, inputs: Inputs, model: Path, *, overwrite: bool) -> dict[str, Any]:
-    from recast_cli.console import progress
+def _run(settings: Recipe, inputs: Inputs, model: Path, *, overwrite: bool, resume: bool) -> dict[str, Any]:
+    from recast_cli.console import note, progress
     from recast_cli.training import run
+    from recast_cli.training.resume import last_checkpoint
 
+    if resume:
+        step = last_checkpoint(Path(settings.out) / "checkpoints")
+        note(f"going on from step {step}" if step else "no checkpoint to go on from: starting anew")
     with progress(settings.method.name, run.num_records(settings)) as advance:
-        return run.train(settings, inputs, model, overwrite=overwrite, on_step=lambda _: advance(1))
+        return run.train(
+            settings, inputs, model, overwrite=overwrite, resume=resume, on_step=lambda _: advance(1)
+        )
 
 
 Job = tuple[list[str], list[str]]  # what follows `python -m`, and the overrides

@@ -135,6 +135,7 @@ def run_verl(
     metrics: Path,
     ray_cpus: int = 0,
     on_step: OnStep | None = None,
+    append: bool = False,
 ) -> list[dict[str, Any]]:
     """Run `python -m MODULE ARGUMENTS` to its end and return its metrics, a record per step.
 
@@ -147,6 +148,7 @@ def run_verl(
         metrics: verl's file log.
         ray_cpus: CPUs that the job reserves on Ray, 0 if it does not use it.
         on_step: Called with each new record.
+        append: The log goes on behind what is in it.
 
     Raises:
         EnvironmentFault: the process failed; names the cause and the log.
@@ -156,7 +158,7 @@ def run_verl(
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", *module, *arguments]
     offset = 0
-    with log.open("w", encoding="utf-8") as sink:
+    with log.open("a" if append else "w", encoding="utf-8") as sink:
         child = subprocess.Popen(
             command,
             env={**os.environ, **environment},

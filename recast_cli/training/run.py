@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from recast_cli.provenance import git_state, versions
 from recast_cli.recipe import CONTRASTING, Recipe, dump_recipe
 from recast_cli.training import placement, run_directory, verl_args
 from recast_cli.training.inputs import Inputs
-from recast_cli.training.process import OnStep, hf_checkpoints, require_space, run_verl
+from recast_cli.training.process import OnStep, hf_checkpoints, read_metrics, require_space, run_verl
+from recast_cli.training.resume import RESUMED_METRICS, join_metrics, rewind
 
 
 def draw_rows(source: Path, num_rows: int, seed: int) -> pa.Table:
@@ -45,16 +47,27 @@ def continued_sft_rows(rows: pa.Table) -> pa.Table:
     return pa.table({"messages": messages})
 
 
+def last_step(recipe: Recipe) -> int:
+    """The step that verl counts to: an update of the control, else a step of RL, however many updates it
+    makes."""
+    control = recipe.method.name == "sft-continued"
+    return recipe.rl.steps * (recipe.rl.updates_per_step if control else 1)
+
+
 def num_records(recipe: Recipe) -> int:
-    """Records that verl logs of a run: one per RL step, and one per update of the control, which makes as
-    many; with validations one more, of the start."""
-    if recipe.method.name == "sft-continued":
-        return recipe.rl.steps * recipe.rl.updates_per_step
-    return recipe.rl.steps + (recipe.rl.validate_every > 0)
+    """Records that verl logs of a run: one per step, and with validations one more, of the start."""
+    validates = recipe.rl.validate_every > 0 and recipe.method.name != "sft-continued"
+    return last_step(recipe) + validates
 
 
-def job(recipe: Recipe, inputs: Inputs, model: Path, out: Path) -> tuple[list[str], list[str]]:
-    """What follows `python -m`, and the overrides, of the recipe's main job."""
+def job(
+    recipe: Recipe, inputs: Inputs, model: Path, out: Path, first: int = 0
+) -> tuple[list[str], list[str]]:
+    """What follows `python -m`, and the overrides, of the recipe's main job.
+
+    Args:
+        first: Step of the checkpoint in `out` to go on from; 0 begins.
+    """
     rows = out / "rows.parquet"
     if recipe.method.name == "sft-continued":
         arguments = verl_args.sft_arguments(
@@ -66,7 +79,7 @@ def job(recipe: Recipe, inputs: Inputs, model: Path, out: Path) -> tuple[list[st
             batch_size=recipe.rl.prompts_per_step // recipe.rl.updates_per_step,
             learning_rate=recipe.rl.learning_rate,
             max_length=inputs.example_length,
-            steps=num_records(recipe),
+            steps=last_step(recipe),
         )
         return verl_args.sft_module(recipe), arguments
     arguments = verl_args.rl_arguments(
@@ -78,66 +91,61 @@ def job(recipe: Recipe, inputs: Inputs, model: Path, out: Path) -> tuple[list[st
         prompt_length=inputs.prompt_length,
         num_levels=inputs.num_levels,
         rollout_log=(out / "rollouts.jsonl").resolve(),
+        resume_from=(out / "checkpoints" / f"global_step_{first}").resolve() if first else None,
     )
     return verl_args.RL_MODULE, arguments
 
 
 def train(
-    recipe: Recipe, inputs: Inputs, model: Path, *, overwrite: bool = False, on_step: OnStep | None = None
+    recipe: Recipe,
+    inputs: Inputs,
+    model: Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    on_step: OnStep | None = None,
 ) -> dict[str, Any]:
     """Run the recipe's method from `model` and export the last checkpoint as `OUT/model`.
 
     Args:
         model: Folder of the model to start from.
         overwrite: Replace the run that is there; it is kept if the new one makes no step.
-        on_step: Called with verl's metrics of each step.
+        resume: Go on with the unfinished run that is there (`run_directory.find` has looked at it).
+        on_step: Called with verl's metrics of each step, of those made earlier too.
 
     Returns:
         The run's manifest.
     """
-    if overwrite:
-        with run_directory.replacing(Path(recipe.out), model):
-            return train(recipe, inputs, model, on_step=on_step)
     out = Path(recipe.out)
-    num_rows = recipe.rl.steps * recipe.rl.prompts_per_step
-    rows = draw_rows(inputs.tokenizer / "verl" / "rl.parquet", num_rows, recipe.seed)
+    if overwrite:
+        with run_directory.replacing(out, model):
+            return train(recipe, inputs, model, on_step=on_step)
     run_directory.require_room(recipe)
     every = recipe.rl.save_every
     num_checkpoints = -(-recipe.rl.steps // every) if every > 0 else 1
     require_space(out, (num_checkpoints + 1) * inputs.checkpoint_bytes(recipe.model))  # and the export
+    first = rewind(out) if resume else 0
+    if recipe.method.name == "sft-continued" and first < last_step(recipe):
+        first = 0  # a job of seconds, which saves at its end
+    if resume and not first:  # nothing of it can be gone on with
+        run_directory.remove(out)
     out.mkdir(parents=True, exist_ok=True)
-    module, arguments = job(recipe, inputs, model, out)
-    facts = {
-        "seed": recipe.seed,
-        "versions": versions(),
-        "git": git_state(),
-        "recipe": recipe.model_dump(),
-        # Now: a warm start may be made anew while this runs.
-        "start": {"model": str(model), "sha256": weights_sha256(model)},
-    }
-    is_sft = recipe.method.name == "sft-continued"
-    metrics = (out / "metrics.jsonl").resolve()
     log = out.with_name(f"{out.name}.log")  # beside the run, as the warm start's: it must outlive a failure
     try:
-        atomic_text(out / "command.txt", "\n".join(["python -m " + " ".join(module), *arguments]) + "\n")
-        atomic_text(out / "recipe.yaml", dump_recipe(recipe))
-        pq.write_table(continued_sft_rows(rows) if is_sft else rows, out / "rows.parquet")
-        run_verl(
-            module,
-            arguments,
-            environment=placement.environment(recipe, metrics),
-            cwd=out,
-            log=log,
-            metrics=metrics,
-            ray_cpus=0 if is_sft else recipe.ray_cpus_needed(),
-            on_step=on_step,
-        )
+        facts = _begin(recipe, inputs, model, first)
+        if first and on_step is not None:
+            for record in read_metrics(out / "metrics.jsonl"):
+                on_step(record)
+        if first < last_step(recipe):
+            _run_job(recipe, inputs, model, first, log, on_step)
     except BaseException:
         if not run_directory.made_a_step(out):  # there is nothing to keep
             run_directory.remove(out)
         raise
+    join_metrics(out)
     (out / "logs").mkdir(exist_ok=True)
-    shutil.move(log, out / "logs" / "train.log")
+    if log.exists():  # a resumed run may have been killed after this
+        shutil.move(log, out / "logs" / "train.log")
     checkpoints = hf_checkpoints(out / "checkpoints")
     if not checkpoints:
         raise ArtifactError(
@@ -148,9 +156,60 @@ def train(
     return close(out, inputs, facts)
 
 
+def _begin(recipe: Recipe, inputs: Inputs, model: Path, first: int) -> dict[str, Any]:
+    """Write what identifies a run before it starts, or note that it goes on; the facts of its manifest."""
+    out = Path(recipe.out)
+    origin = out / run_directory.ORIGIN
+    if first:
+        facts = json.loads(origin.read_text(encoding="utf-8"))["facts"]
+        now = {"step": first, "versions": versions(), "git": git_state()}
+        facts["resumed"] = [*facts.get("resumed", []), now]
+    else:
+        module, arguments = job(recipe, inputs, model, out)
+        atomic_text(out / "command.txt", "\n".join(["python -m " + " ".join(module), *arguments]) + "\n")
+        facts = {
+            "seed": recipe.seed,
+            "versions": versions(),
+            "git": git_state(),
+            "recipe": recipe.model_dump(),
+            # Now: a warm start may be made anew while this runs.
+            "start": {"model": str(model), "sha256": weights_sha256(model)},
+        }
+        atomic_text(out / "recipe.yaml", dump_recipe(recipe))
+    atomic_text(origin, json.dumps({"parents": inputs.parents, "facts": facts}))
+    return facts
+
+
+def _run_job(
+    recipe: Recipe, inputs: Inputs, model: Path, first: int, log: Path, on_step: OnStep | None
+) -> None:
+    """The verl job itself, from the checkpoint of step `first` on."""
+    out, is_sft = Path(recipe.out), recipe.method.name == "sft-continued"
+    num_rows = recipe.rl.steps * recipe.rl.prompts_per_step
+    rows = draw_rows(inputs.tokenizer / "verl" / "rl.parquet", num_rows, recipe.seed)
+    pq.write_table(continued_sft_rows(rows) if is_sft else rows, out / "rows.parquet")
+    module, arguments = job(recipe, inputs, model, out, first)
+    metrics = (out / (RESUMED_METRICS if first else "metrics.jsonl")).resolve()
+    run_verl(
+        module,
+        arguments,
+        environment=placement.environment(recipe, metrics),
+        cwd=out,
+        log=log,
+        metrics=metrics,
+        ray_cpus=0 if is_sft else recipe.ray_cpus_needed(),
+        on_step=on_step,
+        append=first > 0,
+    )
+
+
 def close(out: Path, inputs: Inputs, facts: dict[str, Any]) -> dict[str, Any]:
     """Close a run directory with its manifest. Checkpoints and logs may be deleted later to save disk."""
-    return write_manifest(out, "run", parents=inputs.parents, leave_out=("checkpoints", "logs"), **facts)
+    origin = run_directory.ORIGIN
+    leave_out = ("checkpoints", "logs", origin)
+    manifest = write_manifest(out, "run", parents=inputs.parents, leave_out=leave_out, **facts)
+    (out / origin).unlink(missing_ok=True)  # its facts are in the manifest
+    return manifest
 
 
 def estimate(recipe: Recipe, inputs: Inputs) -> dict[str, int]:

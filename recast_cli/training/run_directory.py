@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from recast_cli.recipe import Recipe
 from recast_cli.training import warm_start
 from recast_cli.training.inputs import Inputs
 from recast_cli.training.process import hf_checkpoints, read_metrics
+from recast_cli.training.resume import RESUMED_METRICS, last_checkpoint
 
 
 def require_room(recipe: Recipe) -> None:
@@ -40,7 +42,8 @@ def require_room(recipe: Recipe) -> None:
     if (out / "command.txt").exists() or not out.exists():
         return
     start = warm_start.folder_of(recipe).name
-    ours = (start, f"{start}.log", f".{start}.")  # the last: a scratch folder of another process
+    # The last two: scratch of another process, and of one that was killed while it wrote its first file.
+    ours = (start, f"{start}.log", f".{start}.", ".command.txt.")
     foreign = [path for path in sorted(out.iterdir()) if not path.name.startswith(ours)]
     if foreign:
         raise ArtifactError(
@@ -49,11 +52,14 @@ def require_room(recipe: Recipe) -> None:
         )
 
 
-def find(recipe: Recipe, inputs: Inputs, model: Path | None) -> dict[str, Any] | None:
+def find(
+    recipe: Recipe, inputs: Inputs, model: Path | None, *, resume: bool = False
+) -> dict[str, Any] | None:
     """Manifest of a finished run of the same recipe, parents and start model in `recipe.out`, else None.
 
     Args:
         model: The start; None leaves it out, for a look before it is made.
+        resume: A run that did not finish may be there: it must be of the same recipe, parents and model.
 
     Raises:
         ArtifactError: the folder holds another run, one that did not finish, or other files.
@@ -63,26 +69,45 @@ def find(recipe: Recipe, inputs: Inputs, model: Path | None) -> dict[str, Any] |
     require_room(recipe)
     if not (out / "command.txt").exists():
         return None
-    if not (out / "manifest.json").exists():
-        raise ArtifactError(
-            f"{out} holds a run that did not finish", "pass --overwrite or choose another out="
-        )
-    manifest = load_manifest(out, "run")
-    if manifest["recipe"] != recipe.model_dump() or manifest["parents"] != inputs.parents:
+    if (out / "manifest.json").exists():
+        manifest = load_manifest(out, "run")
+        _require_same(out, manifest["parents"], manifest, recipe, inputs, model)
+        return manifest
+    step = last_checkpoint(out / "checkpoints")
+    if not resume:
+        go_on = f"pass --resume to go on from step {step}, --overwrite" if step else "pass --overwrite"
+        raise ArtifactError(f"{out} holds a run that did not finish", f"{go_on} or choose another out=")
+    if step:
+        origin = json.loads((out / ORIGIN).read_text(encoding="utf-8"))
+        _require_same(out, origin["parents"], origin["facts"], recipe, inputs, model)
+    return None
+
+
+def _require_same(
+    out: Path,
+    parents: dict[str, str],
+    facts: dict[str, Any],
+    recipe: Recipe,
+    inputs: Inputs,
+    model: Path | None,
+) -> None:
+    """Refuse a run in `out` of another recipe, parents or start model."""
+    if facts["recipe"] != recipe.model_dump() or parents != inputs.parents:
         raise ArtifactError(
             f"{out} holds a run of another recipe or data", "pass --overwrite or choose another out="
         )
-    if model is not None and manifest["start"]["sha256"] != weights_sha256(model):
+    if model is not None and facts["start"]["sha256"] != weights_sha256(model):
         raise ArtifactError(
             f"{out} holds a run that started from another model than {model}",
             "pass --overwrite or choose another out=",
         )
-    return manifest
 
 
 # What a run writes into its directory; the marker of a run comes last.
 FOLDERS = ("checkpoints", "model", "logs")
-FILES = ("manifest.json", "metrics.jsonl", "rollouts.jsonl", "rows.parquet", "recipe.yaml", "command.txt")
+ORIGIN = "origin.json"  # what identifies a run while it has no manifest yet
+LOGS = ("metrics.jsonl", RESUMED_METRICS, "rollouts.jsonl")
+FILES = ("manifest.json", *LOGS, "rows.parquet", ORIGIN, "recipe.yaml", "command.txt")
 
 
 def remove(out: Path) -> None:

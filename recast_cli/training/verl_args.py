@@ -157,8 +157,13 @@ def rl_arguments(
     prompt_length: int,
     num_levels: int,
     rollout_log: Path,
+    resume_from: Path | None = None,
 ) -> list[str]:
-    """Overrides of `verl.trainer.main_ppo` for the recipe's method."""
+    """Overrides of `verl.trainer.main_ppo` for the recipe's method.
+
+    Args:
+        resume_from: A checkpoint of the same run (`global_step_N`) to go on from.
+    """
     tokens = max(recipe.rl.max_tokens_per_micro_batch, prompt_length + num_levels, PADDING_ROW_TOKENS)
     options: dict[str, Any] = {
         "data.train_files": quoted(train_file),
@@ -176,6 +181,12 @@ def rl_arguments(
         **_trainer_options(recipe, out),
         **_method_options(recipe),
     }
+    if resume_from is not None:
+        options |= {
+            "trainer.resume_mode": "resume_path",
+            "trainer.resume_from_path": quoted(resume_from),
+            "trainer.val_before_train": False,  # the start was validated the first time
+        }
     return _arguments(options | recipe.verl)
 
 

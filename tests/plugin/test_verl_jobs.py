@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from killed_runs import train_until
 from plugin_artifacts import write_tokenizer
 from sealing import reseal
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -40,6 +41,7 @@ from recast_cli.artifacts import load_manifest
 from recast_cli.core.sampling import sample
 from recast_cli.core.seeding import uniforms
 from recast_cli.evaluation.evaluate import evaluate_model
+from recast_cli.training.process import read_metrics
 from verl_recast.catalogue import Catalogue
 
 # One worker for all that may meet the Ray cluster which a test here starts.
@@ -419,6 +421,46 @@ def test_step_in_which_every_rollout_hits_does_no_harm(workspace: Path, artifact
     start, end = weights(workspace / "all-hit-warm-start" / "model"), weights(job.out / "model")
     for name, tensor in end.items():
         assert torch.equal(tensor, start[name]), name
+
+
+@pytest.mark.parametrize("moment", ["in the second step", "inside the second checkpoint"])
+def test_a_killed_run_goes_on_and_ends_with_the_same_weights(
+    recast_job: Job, workspace: Path, moment: str
+) -> None:
+    """SIGKILL to all of it. The uninterrupted run of the same seed is `recast_job`."""
+    out = workspace / moment.replace(" ", "-")
+    checkpoints = out / "checkpoints"
+
+    def torn() -> bool:
+        return (checkpoints / "global_step_2").is_dir()
+
+    def between() -> bool:
+        return bool(read_metrics(out / "metrics.jsonl"))  # written after the checkpoint of the step
+
+    when = torn if "checkpoint" in moment else between
+    killed = train_until(when, ["recipe.yaml", f"out={out.name}"], workspace)
+    assert killed.returncode == -9
+    assert (checkpoints / "latest_checkpointed_iteration.txt").read_text() == "1", "killed too late"
+    assert torn() == ("checkpoint" in moment)
+
+    refused = train(workspace, out.name)
+    assert refused.code == 2 and "pass --resume to go on from step 1" in refused.stderr
+    other = train(workspace, out.name, "--resume", "method.w_negative=0.5")
+    assert other.code == 2 and "holds a run of another recipe or data" in other.stderr
+    code, stdout, stderr = recast(workspace, "train", "recipe.yaml", f"out={out.name}", "--resume")
+    assert code == 0, stdout[-2000:] + stderr[-2000:]
+    assert "going on from step 1" in stdout + stderr
+    resumed, whole = weights(out / "model"), weights(recast_job.out / "model")
+    assert resumed.keys() == whole.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name]), name
+    found = read_metrics(out / "metrics.jsonl")
+    assert [record["step"] for record in found] == [1, 2]
+    rollouts = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
+    uncut = [json.loads(line) for line in (recast_job.out / "rollouts.jsonl").read_text().splitlines()]
+    assert rollouts == uncut, "the same rollouts, each step once"
+    manifest = load_manifest(out, "run")
+    assert [entry["step"] for entry in manifest["resumed"]] == [1] and "origin.json" not in manifest["files"]
 
 
 # -- (i) the other arms, the other terms of the loss, validation -----------------------------------------
