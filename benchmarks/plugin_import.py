@@ -1,0 +1,63 @@
+"""What the plugin adds to `import verl`, in processor seconds of fresh processes.
+
+    python benchmarks/plugin_import.py
+
+verl is imported without plugins and then ours is, in the same process: pairs of processes differ by more
+than what is measured. The bar is 0.05 s for the median.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from recast_cli.outputs import atomic_text
+from recast_cli.profiling.profile import machine
+from recast_cli.provenance import git_state, versions
+
+RESULT = Path(__file__).parent / "results" / "plugin_import.json"
+PROGRAM = """
+import sys, time
+import verl
+middle = time.process_time()
+import verl_recast
+sys.stderr.write(f"\\n{middle} {time.process_time() - middle}")
+"""
+
+
+def seconds() -> tuple[float, float]:
+    """Processor seconds until verl is imported, and of our plugin after it."""
+    env = {**os.environ, "VERL_USE_EXTERNAL_PLUGINS": "none", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=env, check=True, capture_output=True, text=True
+    )
+    verl, plugin = done.stderr.splitlines()[-1].split()
+    return float(verl), float(plugin)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--result", type=Path, default=RESULT)
+    args = parser.parse_args()
+
+    facts: dict[str, Any] = {"git": git_state(), "load_average_before": os.getloadavg()}
+    found = [seconds() for _ in range(args.repeats + 1)][1:]  # the first reads the files from the disk
+    verl = statistics.median(verl for verl, _ in found)
+    plugin = sorted(plugin for _, plugin in found)
+    median = statistics.median(plugin)
+    print(f"import verl: {verl:.2f} s; the plugin: {median:.4f} s ({plugin[0]:.4f} to {plugin[-1]:.4f})")
+    facts |= {"seconds": found, "median": median, "versions": versions(), "machine": machine()}
+    atomic_text(args.result, json.dumps(facts, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
