@@ -60,10 +60,17 @@ def hf_checkpoints(folder: Path) -> list[Path]:
 
 
 def cause_of(log: Path) -> str:
-    """The last exception line of a log, or its last line."""
+    """The last exception line of a log, with the name of the Ray actor that it is about, or its last line."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-    causes = [match[1] for line in lines if (match := _CAUSE.match(line))]
-    return causes[-1][:300] if causes else (lines[-1][:300] if lines else "it printed nothing")
+    causes = [(place, match[1]) for place, line in enumerate(lines) if (match := _CAUSE.match(line))]
+    if not causes:
+        return lines[-1][:300] if lines else "it printed nothing"
+    place, cause = causes[-1]
+    # Ray says who died below it: "\tclass_name: X", "\tactor_id: ...", "\tpid: ...", "\tname: ...".
+    about = [line.split(":", 1) for line in lines[place + 1 : place + 6] if line.startswith("\t")]
+    facts = {name.strip(): value.strip() for name, *rest in about for value in rest}
+    who = [facts[name] for name in ("class_name", "name") if name in facts]
+    return cause[:300] + (f" ({', '.join(who)})" if who else "")
 
 
 def require_space(folder: Path, num_bytes: int) -> None:

@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from killed_runs import train_until
+from killed_runs import kill_all, start, train_until, wait_for
 from plugin_artifacts import write_tokenizer
 from sealing import reseal
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -537,6 +538,38 @@ def test_failed_rollout_ends_the_run_with_its_cause(recast_job: Job, workspace: 
     assert "read too-long.log" in lines[1]
     assert "prompt has 26 tokens" in (workspace / "too-long.log").read_text(encoding="utf-8")
     assert not job.out.exists(), "no step was made: the next try needs no --overwrite"
+
+
+@pytest.mark.parametrize(
+    ("title", "named"),
+    [
+        ("ray::GroupLoopWorker", "agent_loop_worker_0"),
+        ("ray::SIDServer", "recast_sid_server_0"),
+        ("ray::RewardLoopWorker", "worker reward_loop_worker_0 died"),
+    ],
+)
+def test_a_worker_that_dies_ends_the_run_with_its_name(
+    recast_job: Job, workspace: Path, title: str, named: str
+) -> None:
+    out = workspace / title.removeprefix("ray::")
+    options = [f"out={out.name}", "rl.steps=200", "rl.save_every=200"]
+    child = start(workspace, "train", "recipe.yaml", *options)
+    try:
+        wait_for(lambda: bool(read_metrics(out / "metrics.jsonl")), child)
+        victims = [
+            process
+            for process in psutil.Process(child.pid).children(recursive=True)
+            if " ".join(process.cmdline()).startswith(title)
+        ]
+        assert len(victims) == 1
+        victims[0].kill()
+        _, stderr = child.communicate(timeout=90)  # and does not hang
+    finally:
+        kill_all(child)
+    assert child.returncode == 2
+    lines = [line for line in stderr.splitlines() if line.startswith(("error:", "hint:"))]
+    assert len(lines) == 2 and named in lines[0], stderr[-2000:]
+    assert lines[1] == f"hint: read {out.name}.log"
 
 
 def test_plugin_that_failed_to_load_is_named(recast_job: Job, workspace: Path) -> None:

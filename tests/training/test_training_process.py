@@ -97,6 +97,16 @@ def test_cause_in_a_log(tmp_path: Path, log: str, cause: str) -> None:
     assert cause_of(tmp_path / "log") == cause
 
 
+def test_the_actor_that_died_is_named(tmp_path: Path) -> None:
+    text = "ray.exceptions.ActorDiedError: The actor died.\n\tclass_name: GroupLoopWorker\n\tactor_id: c896\n"
+    text += "\tpid: 1855\n\tname: agent_loop_worker_0_20\n\tnamespace: 43a7\nIt is dead because: (1) of the\n"
+    (tmp_path / "log").write_text("before\n" + text)
+    expected = "ray.exceptions.ActorDiedError: The actor died. (GroupLoopWorker, agent_loop_worker_0_20)"
+    assert cause_of(tmp_path / "log") == expected
+    (tmp_path / "log").write_text("ValueError: one\n\tof: two\n")  # an indented line of another kind
+    assert cause_of(tmp_path / "log") == "ValueError: one"
+
+
 def test_cause_of_a_log_that_is_missing_or_no_text(tmp_path: Path) -> None:
     assert cause_of(tmp_path / "absent") == "it printed nothing"
     (tmp_path / "log").write_bytes(b"\xff\xfe\nValueError: bytes \xff\n")

@@ -68,7 +68,8 @@ class GroupLoopWorker(AgentLoopWorker):
         except Exception as exc:
             logger.exception("rollout of %d prompts failed", len(rows))
             cause = getattr(exc, "cause", None) or exc  # Ray wraps what the server raised
-            tag |= {"status": "failure", "error": f"{type(cause).__name__}: {cause}"}
+            # One line: of a server that died Ray says in several which it was.
+            tag |= {"status": "failure", "error": " ".join(f"{type(cause).__name__}: {cause}".split())}
         await tq.async_kv_batch_put(keys=uids, partition_id=partition, tags=[tag] * len(uids))
 
     async def _roll_out(self, rows: list[dict[str, Any]], *, validate: bool, partition: str) -> None:
