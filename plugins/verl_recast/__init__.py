@@ -52,13 +52,15 @@ def _register_rollout() -> None:
 def _register_platform() -> None:
     from verl.plugin.platform import PlatformRegistry
 
-    from verl_recast.platform import cpu
+    from verl_recast.platform import cpu, vllm_cpu
 
     if PlatformRegistry.get("cpu") is None:
         PlatformRegistry.register(platform="cpu")(cpu.PlatformCPU)
     if cpu.is_selected():
         cpu.fix_process_group_backend()
         after_import("verl.workers.engine", _register_engine)
+        vllm_cpu.answer_for_vllm()
+        after_import("vllm.model_executor.layers.utils", vllm_cpu.keep_plain_weights)
 
 
 def _register_engine() -> None:
