@@ -31,6 +31,11 @@ class VLLMLoopWorker(GroupLoopWorker):
         config, step = self.rollout_config, int(rows[0]["global_steps"])
         num_rollouts = config.val_kwargs.n if validate else config.n
         temperature = float(config.val_kwargs.temperature if validate else config.temperature)
+        if temperature == 0 and num_rollouts > 1:
+            raise ValueError(
+                f"temperature=0 asks for {num_rollouts} beams of a prompt, vLLM gives samples: set n=1, or "
+                "answer with rollout.name=recast_sid"
+            )
         # The draw of a rollout depends on these alone, not on the batch that vLLM puts it into.
         index_B1 = np.array([[int(row["index"])] for row in rows])
         seeds_BG = hash64(self.seed, step, index_B1, np.arange(num_rollouts)) >> np.uint64(1)
