@@ -35,7 +35,7 @@ def keep_plain_weights() -> None:
     """Make vLLM's linear layers multiply by the weights as they are; for when their module is imported."""
     from vllm.model_executor.layers import utils
 
-    def plain(layer: torch.nn.Module, remove_weight: bool) -> None:
+    def plain(layer: Any, remove_weight: bool) -> None:
         layer.cpu_linear = torch.nn.functional.linear
 
     replaced: Any = utils
