@@ -48,10 +48,9 @@ def job(request: pytest.FixtureRequest, workspace: Path) -> Job:
 
 
 def test_vllm_answers_with_items_from_the_weights_of_the_step(job: Job, workspace: Path) -> None:
-    """With the learning rate of these jobs an old weight in vLLM would show in the second step's log-probs."""
-    lines = [
-        json.loads(line) for line in (job.out / "rollouts.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    """At the learning rate of these jobs an old weight in vLLM shows in the second step's log-probs."""
+    text = (job.out / "rollouts.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     for line in lines:
         assert line["rollouts"] == PROMPTS * GROUP
