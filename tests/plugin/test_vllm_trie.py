@@ -22,10 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 vllm = pytest.importorskip("vllm")
 
-from recast_cli.core.beam_search import beam_searches
+from recast_cli.core.beam_search import beam_search, beam_searches
 from recast_cli.core.spelling import find_all
 from recast_cli.vocabulary import Vocabulary, encode_prompts
 from verl_recast.catalogue import Catalogue
+from verl_recast.rollout.vllm_beams import ask_offline, expand_beams
 from verl_recast.rollout.vllm_trie import TESTED_VLLM, TrieLogitsProcessor, require_tested
 
 pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("vllm")]
@@ -210,6 +211,20 @@ def test_log_probs_before_the_mask_are_the_sid_engines(
         tokenizer_folder, prompts, [list(answer.token_ids) for answer in answers], vocabulary.level_offsets
     )
     assert np.array(found) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("width", [1, 8, 60])
+def test_beams_by_expansion_are_the_sid_engines(
+    raw_engine: Any, tokenizer_folder: Path, prompts: list[list[int]], width: int
+) -> None:
+    catalogue = Catalogue.load(tokenizer_folder)
+    model = AutoModelForCausalLM.from_pretrained(tokenizer_folder / "model", dtype=torch.float32)
+    asked, pad = prompts[:12], catalogue.pad_token_id
+    expected = beam_search(model, catalogue.trie, catalogue.level_offsets, asked, width, pad_token_id=pad)
+    ask_engine = ask_offline(raw_engine)
+    found = expand_beams(ask_engine, catalogue.trie, catalogue.level_offsets, asked, width)
+    assert torch.equal(found.codes_BWL, expected.codes_BWL)
+    assert torch.allclose(found.scores_BW, expected.scores_BW, atol=1e-5)
 
 
 def test_draws_follow_the_sid_engines_distribution(
