@@ -83,6 +83,11 @@ def _register_platform() -> None:
         cpu.fix_process_group_backend()
         after_import("verl.workers.engine", _register_engine)
 
+        from verl_recast.platform import vllm_cpu
+
+        vllm_cpu.answer_for_vllm()
+        after_import("vllm.model_executor.layers.utils", vllm_cpu.keep_plain_weights)
+
 
 def _register_engine() -> None:
     from verl_recast.platform import engine  # noqa: F401  (its class decorator registers it)
