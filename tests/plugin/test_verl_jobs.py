@@ -382,6 +382,53 @@ def test_same_recipe_gives_the_same_weights_bit_for_bit(recast_job: Job, workspa
     assert "reusing the warm start" in again.stdout + again.stderr
 
 
+def test_two_ranks_share_whole_groups_and_make_the_same_update(recast_job: Job, workspace: Path) -> None:
+    """FSDP2 over gloo, actor and reference sharded, a rollout server beside each rank."""
+    out = workspace / "two-ranks"
+    out.mkdir()
+    shutil.copy(recast_job.out / "rows.parquet", out)
+    _, *arguments = (recast_job.out / "command.txt").read_text(encoding="utf-8").splitlines()
+    options = dict(line.replace(str(recast_job.out), str(out)).split("=", 1) for line in arguments)
+    options |= dict.fromkeys(("trainer.n_gpus_per_node", "+ray_kwargs.ray_init.num_gpus"), "2")
+    options |= {f"actor_rollout_ref.{part}.strategy": "fsdp2" for part in ("actor", "ref")}
+    options["trainer.save_freq"] = "-1"
+    for name in [name for name in options if name.startswith("trainer.rollout_data_dir")]:
+        del options[name]
+    done = subprocess.run(
+        [sys.executable, "-m", "verl.trainer.main_ppo", *map("=".join, options.items())],
+        cwd=out,
+        env={
+            **os.environ,
+            "VERL_PLATFORM": "cpu",
+            "VERL_FILE_LOGGER_PATH": str(out / "metrics.jsonl"),
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+            "RECAST_MEASURE": str(out / "measured.jsonl"),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+        },
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=420,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    calls = [json.loads(line) for line in (out / "measured.jsonl").read_text().splitlines()]
+    shared = [call for call in calls if call["phase"] == "actor_update"]
+    updates = [(call["rank"], call["rows"] + call["padding_rows"]) for call in shared]
+    assert sorted(updates) == [(rank, PROMPTS) for rank in (0, 0, 1, 1)], "two groups of two rows"
+    found = Job(0, "", "", out).metrics
+    assert len(found) == STEPS
+    first, alone = found[0], recast_job.metrics[0]
+    assert {name: value for name, value in first.items() if name.startswith("signal/")} == {
+        name: value for name, value in alone.items() if name.startswith("signal/")
+    }
+    for name in ("actor/grad_norm", "actor/entropy", "actor/kl_loss"):
+        assert first[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-6), name
+    # both servers answer with the newest weights, which each of them got whole
+    assert all(step["training/rollout_probs_diff_max"] < 1e-5 for step in found)
+
+
 def test_continued_sft_trains_on_the_same_prompts(recast_job: Job, workspace: Path) -> None:
     job = succeed(train(workspace, "sft", "method.name=sft-continued"))
     assert len(job.metrics) == STEPS
