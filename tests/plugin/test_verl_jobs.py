@@ -476,20 +476,20 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(
     recast_job: Job, workspace: Path, moment: str
 ) -> None:
     """SIGKILL to all of it. The uninterrupted run of the same seed is `recast_job`."""
-    out = workspace / moment.replace(" ", "-")
-    checkpoints = out / "checkpoints"
-
-    def torn() -> bool:
-        return (checkpoints / "global_step_2").is_dir()
-
-    def between() -> bool:
-        return bool(read_metrics(out / "metrics.jsonl"))  # written after the checkpoint of the step
-
-    when = torn if "checkpoint" in moment else between
-    killed = train_until(when, ["recipe.yaml", f"out={out.name}"], workspace)
-    assert killed.returncode == -9
-    assert (checkpoints / "latest_checkpointed_iteration.txt").read_text() == "1", "killed too late"
-    assert torn() == ("checkpoint" in moment)
+    for attempt in range(3):  # a machine that is busy elsewhere may let the checkpoint be finished first
+        out = workspace / f"{moment.replace(' ', '-')}-{attempt}"
+        torn, logged = out / "checkpoints" / "global_step_2", out / "metrics.jsonl"
+        inside = "checkpoint" in moment
+        killed = train_until(
+            lambda: torn.is_dir() if inside else bool(read_metrics(logged)),  # noqa: B023
+            ["recipe.yaml", f"out={out.name}"],
+            workspace,
+        )
+        tracker = out / "checkpoints" / "latest_checkpointed_iteration.txt"
+        if killed.returncode == -9 and tracker.read_text() == "1" and torn.is_dir() == inside:
+            break
+    else:
+        pytest.fail(f"killed too late three times, last with {killed.returncode}")
 
     refused = train(workspace, out.name)
     assert refused.code == 2 and "pass --resume to go on from step 1" in refused.stderr
