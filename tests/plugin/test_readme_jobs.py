@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import polars as pl
 import pytest
+from jobs import main_ppo
 from sealing import reseal
 
 pytestmark = [pytest.mark.verl, pytest.mark.xdist_group("jobs")]
@@ -97,27 +94,7 @@ def test_readmes_lines_turn_a_stock_grpo_command_into_recast(
     text = STOCK_SCRIPT.format(tokenizer=tokenizer_folder, fp32=fp32)
     script = [line.strip() for line in text.strip().splitlines()]
     command = [line for line in script if line.split("=")[0] not in named] + ours
-    metrics = tmp_path / "metrics.jsonl"
-    done = subprocess.run(
-        [sys.executable, "-m", "verl.trainer.main_ppo", *command],
-        cwd=tmp_path,
-        env={
-            **os.environ,
-            "VERL_PLATFORM": "cpu",
-            "VERL_FILE_LOGGER_PATH": str(metrics),
-            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-        },
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=420,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    for line in metrics.read_text(encoding="utf-8").splitlines():
-        found = json.loads(line)["data"]
+    for found in main_ppo(command, tmp_path):
         assert found["signal/rollouts"] == 16
         assert found["signal/invalid"] == 0 if agent_loop == "ours" else found["signal/invalid"] > 0
         assert found["signal/kept_samples"] == 2 * (4 - found["signal/skipped_groups"])

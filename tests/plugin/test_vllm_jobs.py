@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_verl_jobs import GROUP, PROMPTS, RECIPE, STEPS, Job, succeed, train, weights
+from jobs import GROUP, PROMPTS, RECIPE, STEPS, Job, succeed, train, weights
 
 pytestmark = [
     pytest.mark.vllm,
