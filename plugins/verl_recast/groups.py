@@ -86,27 +86,18 @@ def gather_groups(
     targets = [require_targets(entry["ground_truth"]) for entry in plain(data["reward_model"])]
     prompts = data["prompts"].unbind()
     require_own_index([(int(index_N[r]), (prompts[r].tolist(), targets[r])) for r, *_ in grouped])
-    lacking = next((info for info in infos if "structural_score" not in info), None)
-    if lacking is not None:
-        raise ValueError(
-            f"the reward returned {sorted(lacking) or 'a score only'}, needed structural_score too: set "
-            "reward.custom_reward_function.path=pkg://verl_recast.reward"
-        )
+    _require_structural_scores(infos)
 
     answers = reader.read(responses, len(targets[0][0]), members)
-    log_probs_BG = None
     rows_BG = np.full((len(grouped), max(len(rows) for rows in grouped)), -1, dtype=np.int64)
     for b, rows in enumerate(grouped):
         rows_BG[b, : len(rows)] = rows
     present_BG = rows_BG >= 0
 
-    def spread(values_N: np.ndarray) -> np.ndarray:
-        return np.where(present_BG, values_N[rows_BG], 0)
+    def spread(values_N: np.ndarray, absent: float = 0) -> np.ndarray:
+        return np.where(present_BG, values_N[rows_BG], absent)
 
-    if log_probs:
-        sampled = [row.tolist() for row in data["rollout_log_probs"].unbind()]
-        log_probs_BG = np.where(present_BG, answers.sum_over_codes(sampled)[rows_BG], np.nan)
-
+    sampled = [row.tolist() for row in data["rollout_log_probs"].unbind()] if log_probs else None
     # What is no item of the catalogue has no prefix in common with one, whoever scored it.
     scores_N = np.array([float(info["structural_score"]) for info in infos]) * answers.valid_N
     return Groups(
@@ -119,9 +110,18 @@ def gather_groups(
         scores_BG=spread(scores_N),
         codes_BGL=np.where(present_BG[:, :, None], answers.codes_NL[rows_BG], -1),
         tokens_BG=spread(tokens_N),
-        log_probs_BG=log_probs_BG,
+        log_probs_BG=None if sampled is None else spread(answers.sum_over_codes(sampled), np.nan),
         targets=[targets[rows[0]] for rows in grouped],
     )
+
+
+def _require_structural_scores(infos: Sequence[dict[str, Any]]) -> None:
+    lacking = next((info for info in infos if "structural_score" not in info), None)
+    if lacking is not None:
+        raise ValueError(
+            f"the reward returned {sorted(lacking) or 'a score only'}, needed structural_score too: set "
+            "reward.custom_reward_function.path=pkg://verl_recast.reward"
+        )
 
 
 def require_own_index(rows: Sequence[tuple[int, Any]]) -> None:

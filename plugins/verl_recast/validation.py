@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from recast_cli.core.ranking import hit_rate, ndcg, pass_at_k_unbiased, recall
+from recast_cli.core.ranking import ndcg, pass_at_k, pass_at_k_unbiased, recall
 
 CUTOFFS = (1, 5, 10, 20, 50, 100)
 
@@ -90,7 +90,7 @@ def _of_beams(groups: list[list[dict[str, Any]]], width: int) -> tuple[dict[str,
                 seen.add(target)
     core = {}
     for k in _cutoffs(width):
-        for name, metric in (("pass", hit_rate), ("recall", recall), ("ndcg", ndcg)):
+        for name, metric in (("pass", pass_at_k), ("recall", recall), ("ndcg", ndcg)):
             core[f"{name}@{k}"] = float(metric(hits_UK, sizes_U, k).mean())
     return core, {"invalid": num_invalid / max(num_answers, 1), "answers": float(num_answers)}
 

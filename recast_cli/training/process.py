@@ -49,12 +49,17 @@ def _read_from(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
     return [{"step": record["step"], **record["data"]} for record in records], offset + len(text)
 
 
+def checkpoints(folder: Path) -> dict[int, Path]:
+    """verl's checkpoints, whole or torn, by their step in ascending order."""
+    found = {int(path.name.rsplit("_", 1)[1]): path for path in folder.glob("global_step_*")}
+    return dict(sorted(found.items()))
+
+
 def hf_checkpoints(folder: Path) -> list[Path]:
     """Hugging Face folders of verl's checkpoints, by step."""
-    found = sorted(folder.glob("global_step_*"), key=lambda path: int(path.name.rsplit("_", 1)[1]))
     inner = [
         next((sub for sub in (step / "huggingface", step / "actor" / "huggingface") if sub.is_dir()), None)
-        for step in found
+        for step in checkpoints(folder).values()
     ]
     return [path for path in inner if path is not None]
 

@@ -13,14 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from recast_cli.outputs import atomic_text
-from recast_cli.training.process import read_metrics
+from recast_cli.training.process import checkpoints, read_metrics
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RESUMED_METRICS = "metrics.resumed.jsonl"  # verl truncates its log when it starts
-
-
-def _steps(folder: Path) -> dict[int, Path]:
-    return {int(path.name.rsplit("_", 1)[1]): path for path in folder.glob("global_step_*")}
 
 
 def last_checkpoint(folder: Path) -> int:
@@ -29,7 +25,7 @@ def last_checkpoint(folder: Path) -> int:
     Args:
         folder: The run's `checkpoints`.
     """
-    found = _steps(folder)
+    found = checkpoints(folder)
     if not found or not (folder / TRACKER).exists():
         return 0
     text = (folder / TRACKER).read_text(encoding="utf-8").strip()
@@ -44,7 +40,7 @@ def rewind(out: Path) -> int:
     What verl wrote after it goes: torn or later checkpoints, and records of later steps.
     """
     step = last_checkpoint(out / "checkpoints")
-    for number, path in _steps(out / "checkpoints").items():
+    for number, path in checkpoints(out / "checkpoints").items():
         if number > step:
             shutil.rmtree(path, ignore_errors=True)
     join_metrics(out, step)

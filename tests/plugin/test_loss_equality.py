@@ -221,13 +221,17 @@ def test_micro_batches_do_not_change_the_gradient(found: Found, ranks: int) -> N
             close(one, other)
 
 
+def tokens_over_kept(step: Step, number: int) -> float:
+    """Response tokens of the whole groups of a mini-batch over those that are kept."""
+    groups = range(number * MINI_BATCH, (number + 1) * MINI_BATCH)
+    rows = [row for b in groups for row in step.kept.get(b, ())]
+    return int(step.tokens_BG[groups].sum()) / sum(len(step.columns[row]["responses"]) for row in rows)
+
+
 def test_kept_is_the_mean_over_what_the_actor_receives(found: Found, step: Step) -> None:
     """By how much the two scales differ: tokens or rows of the whole groups over those that are kept."""
     for number in range(PROMPTS // MINI_BATCH):
-        groups = range(number * MINI_BATCH, (number + 1) * MINI_BATCH)
-        rows = [row for b in groups for row in step.kept.get(b, ())]
-        tokens = sum(len(step.columns[row]["responses"]) for row in rows)
-        factor = {"token-mean": int(step.tokens_BG[groups].sum()) / tokens, "token-sum": 1}
+        factor = {"token-mean": tokens_over_kept(step, number), "token-sum": 1}
         for mode in MODES:
             by_rows = (MINI_BATCH * GROUP) / (MINI_BATCH * 2)
             scaled = factor.get(mode, by_rows) * found[1, "pairs", mode][number]
@@ -236,10 +240,7 @@ def test_kept_is_the_mean_over_what_the_actor_receives(found: Found, step: Step)
 
 def test_full_batch_scales_kl_and_entropy_like_the_policy_term(found: Found, step: Step) -> None:
     for number in range(PROMPTS // MINI_BATCH):
-        groups = range(number * MINI_BATCH, (number + 1) * MINI_BATCH)
-        rows = [row for b in groups for row in step.kept.get(b, ())]
-        tokens = sum(len(step.columns[row]["responses"]) for row in rows)
-        factor = int(step.tokens_BG[groups].sum()) / tokens
+        factor = tokens_over_kept(step, number)
         close(found[1, "terms", "kept"][number], factor * found[1, "terms", "full-batch"][number])
         difference = found[1, "terms", "kept"][number] - found[1, "kept", "token-mean"][number]
         assert difference.norm() > 1e-3 * found[1, "kept", "token-mean"][number].norm(), "no term took part"

@@ -15,6 +15,9 @@ import torch
 from recast_cli.core.trie import Trie
 from recast_cli.vocabulary import Vocabulary
 
+# Entry of vLLM's `additional_config` that names the tokenizer artifact.
+TOKENIZER_KEY = "recast_tokenizer"
+
 
 @dataclass
 class _Answer:

@@ -14,6 +14,7 @@ import numpy as np
 
 from recast_cli.core.seeding import hash64
 from verl_recast.rollout.agent_loop import GroupLoopManager, GroupLoopWorker
+from verl_recast.rollout.trie_rows import TOKENIZER_KEY
 
 PROCESSOR = "verl_recast.rollout.vllm_trie:TrieLogitsProcessor"
 
@@ -95,10 +96,10 @@ def require_trie(config: Any) -> None:
             f"set +{prefix}.engine_kwargs.vllm.logits_processors=['{PROCESSOR}'], found {processors}: "
             "without it nothing keeps the answers inside the catalogue"
         )
-    found, needed = dict(additional).get("recast_tokenizer"), config.custom["tokenizer"]
+    found, needed = dict(additional).get(TOKENIZER_KEY), config.custom["tokenizer"]
     if found != needed:
         raise ValueError(
-            f"{prefix}.engine_kwargs.vllm.additional_config.recast_tokenizer is {found}, needs {needed} "
+            f"{prefix}.engine_kwargs.vllm.additional_config.{TOKENIZER_KEY} is {found}, needs {needed} "
             f"({prefix}.custom.tokenizer)"
         )
     if config.calculate_log_probs and (config.logprobs_mode, config.temperature) != ("raw_logprobs", 1):

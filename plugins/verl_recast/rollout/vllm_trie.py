@@ -27,14 +27,13 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 from recast_cli.artifacts import load_manifest
 from recast_cli.core.trie import Trie
 from recast_cli.vocabulary import Vocabulary
-from verl_recast.rollout.trie_rows import TrieRows
+from verl_recast.rollout.trie_rows import TOKENIZER_KEY, TrieRows
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 # The ends of the band run in tests. vLLM calls the interface its own to change.
 TESTED_VLLM = SpecifierSet(">=0.24,<0.29")
-TOKENIZER_KEY = "recast_tokenizer"
 
 
 class TrieLogitsProcessor(LogitsProcessor):
