@@ -167,6 +167,9 @@ class Recipe(Section):
         16, description="logical CPUs that Ray may hand out"
     )
     num_gpus: Positive = 1
+    rollout: Literal["sid", "vllm"] = Field(
+        "sid", description="engine of the rollouts: our own, or vLLM with the catalogue's trie"
+    )
     warm_start: WarmStart = WarmStart()
     rl: RL = RL()
     method: Method = Method()
@@ -191,6 +194,15 @@ class Recipe(Section):
                 )
             if key.endswith("trainer.logger") and "file" not in str(value):
                 raise ValueError(f"{key} is {value}, needed file in it: recast reads the steps from there")
+        return self
+
+    @model_validator(mode="after")
+    def _compares_log_probs(self) -> Recipe:
+        if self.rollout == "vllm" and self.rl.temperature != 1 and self.method.tie_rule == "most-probable":
+            raise ValueError(
+                f"method.tie_rule most-probable with rl.temperature {self.rl.temperature} needs rollout sid: "
+                "vLLM reports the log-probs of temperature 1"
+            )
         return self
 
     @model_validator(mode="after")

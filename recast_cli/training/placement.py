@@ -91,4 +91,6 @@ def environment(recipe: Recipe, metrics: Path) -> dict[str, str]:
             "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
             "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
         }
+        if recipe.rollout == "vllm":  # GiB; unset, vLLM takes half the memory of the machine
+            variables["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")
     return variables

@@ -224,10 +224,10 @@ def _actor_options(recipe: Recipe, model: Path, num_levels: int) -> dict[str, An
 
 
 def _rollout_options(recipe: Recipe, prompt_length: int, num_levels: int, log: Path) -> dict[str, Any]:
-    """The SID rollout engine and the agent loop that asks it."""
-    rollout = "actor_rollout_ref.rollout"
-    return {
-        f"{rollout}.name": "recast_sid",
+    """The rollout engine and the agent loop that asks it."""
+    rollout, device = "actor_rollout_ref.rollout", resolve_device(recipe)
+    options = {
+        f"{rollout}.name": f"recast_{recipe.rollout}",
         f"+{rollout}.custom": {"tokenizer": quoted(Path(recipe.tokenizer).resolve()), "log": quoted(log)},
         f"+{rollout}.agent.agent_loop_manager_class": LOOP_MANAGER,
         f"{rollout}.agent.num_workers": 1,
@@ -237,12 +237,21 @@ def _rollout_options(recipe: Recipe, prompt_length: int, num_levels: int, log: P
         f"{rollout}.response_length": num_levels,
         f"{rollout}.tensor_model_parallel_size": 1,
         f"{rollout}.log_prob_use_dynamic_bsz": True,
-        f"{rollout}.free_cache_engine": False,
-        f"{rollout}.dtype": "float32" if resolve_device(recipe) == "cpu" else "bfloat16",
+        f"{rollout}.dtype": "float32" if device == "cpu" else "bfloat16",
         f"{rollout}.seed": recipe.seed,
         f"{rollout}.val_kwargs.n": recipe.rl.validate_beams,
         f"{rollout}.val_kwargs.temperature": 0,
     }
+    if recipe.rollout == "vllm":
+        options |= {
+            f"{rollout}.logprobs_mode": "raw_logprobs",
+            f"{rollout}.calculate_log_probs": recipe.rl.temperature == 1,  # vLLM's are of that temperature
+        }
+    if recipe.rollout == "vllm" and device == "cpu":
+        options[f"{rollout}.enforce_eager"] = True
+    if recipe.rollout == "sid" or device == "cpu":
+        options[f"{rollout}.free_cache_engine"] = False
+    return options
 
 
 def _trainer_options(recipe: Recipe, out: Path) -> dict[str, Any]:

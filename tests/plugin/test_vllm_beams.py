@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def test_expansions_find_the_beams_of_the_sid_engine(
     if tied:
         torch.nn.init.zeros_(model.get_input_embeddings().weight)  # tied to the head
 
-    def ask(requests: list[tuple[list[int], list[int]]]) -> list[list[float]]:
+    async def ask(requests: list[tuple[list[int], list[int]]]) -> list[list[float]]:
         answers = []
         for prompt, ids in requests:
             assert len(ids) <= most_tokens
@@ -38,7 +39,7 @@ def test_expansions_find_the_beams_of_the_sid_engine(
             answers.append(log_probs[ids].tolist())
         return answers
 
-    found = expand_beams(ask, catalogue.trie, catalogue.level_offsets, PROMPTS, width)
+    found = asyncio.run(expand_beams(ask, catalogue.trie, catalogue.level_offsets, PROMPTS, width))
     expected = beam_search(
         model,
         catalogue.trie,

@@ -9,8 +9,8 @@ Shapes: B prompts, W beams, L levels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from recast_cli.core.trie import Trie
 MAX_LOGPROB_TOKENS = 128  # of one request (vLLM 0.24 to 0.28)
 
 # Prompts with the tokens whose full-vocabulary log-probs are asked for, to one list of log-probs each.
-Ask = Callable[[list[tuple[list[int], list[int]]]], list[list[float]]]
+Ask = Callable[[list[tuple[list[int], list[int]]]], Awaitable[list[list[float]]]]
 
 
 class _Beam(NamedTuple):
@@ -30,7 +30,7 @@ class _Beam(NamedTuple):
     codes: tuple[int, ...]
 
 
-def expand_beams(
+async def expand_beams(
     ask: Ask, trie: Trie, level_offsets: Sequence[int], prompts: Sequence[Sequence[int]], beam_width: int
 ) -> Beams:
     """What `beam_search` finds, with its scores and its order of equal ones.
@@ -47,7 +47,7 @@ def expand_beams(
     for level in range(trie.num_levels):
         grown: list[list[_Beam]] = [[] for _ in prompts]
         asked = list(_requests(trie, level_offsets, prompts, fronts, level))
-        log_probs = ask([(request, tokens) for _, _, _, request, tokens in asked])
+        log_probs = await ask([(request, tokens) for _, _, _, request, tokens in asked])
         for (b, beam, first, _, tokens), found in zip(asked, log_probs, strict=True):
             for lane, (token, log_prob) in enumerate(zip(tokens, found, strict=True)):
                 codes = (*beam.codes, token - level_offsets[level])
@@ -92,20 +92,3 @@ def _packed(fronts: list[list[_Beam]], leaf_item: list[int], num_levels: int, be
             beams.items_BW[b, w] = leaf_item[beam.node]
             beams.scores_BW[b, w] = float(beam.score)
     return beams
-
-
-def ask_offline(engine: Any) -> Ask:
-    """Ask a `vllm.LLM` that reports `raw_logprobs` and has the trie logits processor."""
-    from vllm import SamplingParams
-
-    def ask(requests: list[tuple[list[int], list[int]]]) -> list[list[float]]:
-        params = [
-            SamplingParams(max_tokens=1, temperature=0.0, logprobs=len(ids), logprob_token_ids=ids)
-            for _, ids in requests
-        ]
-        prompts = [{"prompt_token_ids": prompt} for prompt, _ in requests]
-        outputs = engine.generate(prompts, params, use_tqdm=False)
-        first = [output.outputs[0].logprobs[0] for output in outputs]
-        return [[found[i].logprob for i in ids] for found, (_, ids) in zip(first, requests, strict=True)]
-
-    return ask
