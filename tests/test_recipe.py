@@ -348,3 +348,11 @@ def test_yaml_merge_keys_work(write) -> None:
     text = MINIMAL + "warm_start: &shared {learning_rate: 0.1}\nrl: {<<: *shared, steps: 4}\n"
     recipe = load_recipe(write(text))
     assert (recipe.rl.learning_rate, recipe.rl.steps) == (0.1, 4)
+
+
+def test_the_likeliest_negative_over_vllm_needs_temperature_one(write) -> None:
+    path, options = write(MINIMAL), ["method.tie_rule=most-probable", "rl.temperature=0.7"]
+    load_recipe(path, options)
+    load_recipe(path, [options[0], "rollout=vllm"])
+    with pytest.raises(RecipeError, match=r"most-probable with rl.temperature 0.7 needs rollout sid"):
+        load_recipe(path, [*options, "rollout=vllm"])

@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-from recast_cli.errors import RecipeError
+from recast_cli.errors import EnvironmentFault, RecipeError
 from recast_cli.host import cpu_count, require_threads
 from recast_cli.recipe import Recipe
 
@@ -64,6 +64,19 @@ def require_gpu(recipe: Recipe) -> None:
         raise RecipeError(
             f"device is cuda with num_gpus {recipe.num_gpus}, torch sees {found} GPUs here",
             "set device=cpu, or num_gpus to what there is",
+        )
+
+
+def require_engine(recipe: Recipe) -> None:
+    """Refuse rollouts from an engine that is not installed.
+
+    Raises:
+        EnvironmentFault: naming how to get it.
+    """
+    if recipe.rollout == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise EnvironmentFault(
+            "rollout is vllm, which is not installed here",
+            "pip install 'verl-recast[vllm]' with a GPU, `make setup-vllm` without one, or set rollout=sid",
         )
 
 
