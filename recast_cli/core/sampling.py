@@ -68,8 +68,7 @@ def sample(
     """
     uniforms_BGL = _checked_uniforms(uniforms_BGL, len(prompts), trie.num_levels)
     shape = uniforms_BGL.shape
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be positive and finite, found {temperature}")
+    require_temperature(temperature)
     samples = Samples(
         codes_BGL=torch.full(shape, -1, dtype=torch.int64),
         items_BG=torch.full(shape[:2], -1, dtype=torch.int64),
@@ -87,6 +86,16 @@ def sample(
             samples.log_probs_BGL[rows_B] = full.cpu()
             samples.trie_log_probs_BGL[rows_B] = renormalised.cpu()
     return samples
+
+
+def require_temperature(temperature: float) -> None:
+    """Refuse what no distribution has.
+
+    Raises:
+        ValueError: not positive and finite.
+    """
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be positive and finite, found {temperature}")
 
 
 def _checked_uniforms(
