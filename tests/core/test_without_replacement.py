@@ -15,7 +15,8 @@ from recast_cli.core.seeding import hash64
 from recast_cli.core.trie import Trie
 from recast_cli.core.without_replacement import DistinctSamples, sample_distinct
 
-FEW = np.array([[0, 1, 0], [0, 1, 2], [0, 4, 1], [1, 0, 0], [3, 2, 2], [3, 3, 0]])  # uneven branches
+# Uneven branches; codes 1 and 4 of level 1 come twice: each place needs noise of its own.
+FEW = np.array([[0, 1, 0], [0, 1, 2], [0, 4, 1], [1, 0, 0], [3, 1, 2], [3, 4, 0]])
 
 
 def keys(num_prompts: int, seed: int = 3) -> np.ndarray:
