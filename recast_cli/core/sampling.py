@@ -22,22 +22,32 @@ from recast_cli.core.walk import TOKEN_BUDGET, Guide, TreeWalk, decoding_mode, g
 
 
 @dataclass(frozen=True)
-class Samples:
-    """Rollouts of each prompt, on the CPU.
+class Rollouts:
+    """Answers to each prompt, on the CPU; a missing one (where a group asks for distinct items and too few
+    are open) has -1 and NaN.
 
     Attributes:
-        codes_BGL: int64, the codes drawn.
-        items_BG: int64 item rows; -1 for codes that are no item, which only a broken mask can let through.
+        codes_BGL: int64 codes.
+        items_BG: int64 item rows; -1 also for codes that are no item, which only a broken mask lets through.
         log_probs_BGL: float32 full-vocabulary log-softmax at the temperature (what an actor computes).
-        trie_log_probs_BGL: float32, the same renormalised over the allowed codes.
-        drawn_log_probs_BGL: float32, of the distribution that was drawn from: the last one, renormalised
-            over the nucleus where `top_p` is below 1.
+        trie_log_probs_BGL: float32, the same renormalised over the allowed codes (what a masked one does).
     """
 
     codes_BGL: torch.Tensor
     items_BG: torch.Tensor
     log_probs_BGL: torch.Tensor
     trie_log_probs_BGL: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Samples(Rollouts):
+    """Independent rollouts.
+
+    Attributes:
+        drawn_log_probs_BGL: float32, of the distribution that was drawn from: the trie's, renormalised over
+            the nucleus where `top_p` is below 1.
+    """
+
     drawn_log_probs_BGL: torch.Tensor
 
 

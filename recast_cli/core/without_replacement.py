@@ -22,30 +22,20 @@ import numpy as np
 import torch
 
 from recast_cli.core.gumbel import as_signed, extend_hash, gumbel, with_maximum
-from recast_cli.core.sampling import require_temperature
+from recast_cli.core.sampling import Rollouts, require_temperature
 from recast_cli.core.trie import Exclusion, Trie
 from recast_cli.core.walk import TOKEN_BUDGET, Guide, TreeWalk, decoding_mode, grow_distinct, guided_walks
 
 
 @dataclass(frozen=True)
-class DistinctSamples:
-    """Distinct rollouts of each prompt in the order in which they were drawn, on the CPU.
-
-    Where fewer than G items are open to a prompt, the last are missing.
+class DistinctSamples(Rollouts):
+    """Distinct rollouts in the order in which they were drawn; the last are missing where too few are open.
 
     Attributes:
-        codes_BGL: int64 codes; -1 where missing.
-        items_BG: int64 item rows; -1 where missing.
-        log_probs_BGL: float32 full-vocabulary log-softmax at the temperature; NaN where missing.
-        trie_log_probs_BGL: float32, the same renormalised over the allowed codes; NaN where missing.
         perturbed_BG: float64, log-prob under the trie plus the item's Gumbel noise, descending; -inf where
             missing.
     """
 
-    codes_BGL: torch.Tensor
-    items_BG: torch.Tensor
-    log_probs_BGL: torch.Tensor
-    trie_log_probs_BGL: torch.Tensor
     perturbed_BG: torch.Tensor
 
 
