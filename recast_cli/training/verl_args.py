@@ -226,13 +226,19 @@ def _actor_options(recipe: Recipe, model: Path, num_levels: int) -> dict[str, An
 def _rollout_options(recipe: Recipe, prompt_length: int, num_levels: int, log: Path) -> dict[str, Any]:
     """The rollout engine and the agent loop that asks it."""
     rollout, device = "actor_rollout_ref.rollout", resolve_device(recipe)
+    custom = {"tokenizer": quoted(Path(recipe.tokenizer).resolve()), "log": quoted(log)}
+    # Only what differs from the engine's defaults: the command stays short.
+    for name, default in (("sampling", "iid"), ("exclude_history", False), ("masked_actor", False)):
+        if (chosen := getattr(recipe.rl, name)) != default:
+            custom[name] = chosen
     options = {
         f"{rollout}.name": f"recast_{recipe.rollout}",
-        f"+{rollout}.custom": {"tokenizer": quoted(Path(recipe.tokenizer).resolve()), "log": quoted(log)},
+        f"+{rollout}.custom": custom,
         f"+{rollout}.agent.agent_loop_manager_class": LOOP_MANAGER,
         f"{rollout}.agent.num_workers": 1,
         f"{rollout}.n": recipe.rl.group_size,
         f"{rollout}.temperature": recipe.rl.temperature,
+        f"{rollout}.top_p": recipe.rl.top_p,
         f"{rollout}.prompt_length": prompt_length,
         f"{rollout}.response_length": num_levels,
         f"{rollout}.tensor_model_parallel_size": 1,

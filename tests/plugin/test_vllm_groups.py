@@ -36,7 +36,7 @@ def drawn(seed: int) -> list[int]:
 
 def sample(engine: Engine, *index: int, step: int = 2, temperature: float = 1.0) -> Any:
     prompts = [[9, row, 3] for row in index]
-    options = {"num_levels": 3, "step": step, "seed": 7, "temperature": temperature}
+    options = {"num_levels": 3, "step": step, "seed": 7, "temperature": temperature, "top_p": 0.9}
     return asyncio.run(sample_groups(engine.generate, prompts, index, 3, **options))
 
 
@@ -47,7 +47,7 @@ def test_every_rollout_is_a_request_of_l_tokens_with_a_seed_of_its_own() -> None
     assert log_probs_BGL[1, 2].tolist() == [-0.5, -0.25, -0.125]
     params = [params for _, params, _ in engine.requests]
     asked = {(p["max_tokens"], p["temperature"], p["top_p"], p["top_k"], p["logprobs"]) for p in params}
-    assert asked == {(3, 0.5, 1.0, -1, True)}
+    assert asked == {(3, 0.5, 0.9, -1, True)}
     assert [prompt for prompt, _, _ in engine.requests] == [[9, 4, 3]] * 3 + [[9, 8, 3]] * 3
     assert len({p["seed"] for p in params}) == len({name for _, _, name in engine.requests}) == 6
     # though they were answered in another order
@@ -99,6 +99,7 @@ def config(**changes: Any) -> RolloutConfig:
 
 def test_config_that_fits_passes_also_at_another_temperature_without_log_probs() -> None:
     require_fitting(config())
+    require_fitting(config(custom={"tokenizer": "t", "sampling": "beam"}))
     require_fitting(config(temperature=0.7, calculate_log_probs=False))
 
 
@@ -106,6 +107,11 @@ def test_config_that_fits_passes_also_at_another_temperature_without_log_probs()
     ("changes", "found"),
     [
         ({"custom": None}, r"set \+actor_rollout_ref.rollout.custom=\{tokenizer: DIR\}"),
+        (
+            {"custom": {"tokenizer": "t", "sampling": "without-replacement"}},
+            "sampling is without-replacement with exclude_history=False, vLLM needs iid or beam and False",
+        ),
+        ({"custom": {"tokenizer": "t", "exclude_history": True}}, "exclude_history=True, vLLM needs"),
         ({"pipeline_model_parallel_size": 2}, "pipeline_model_parallel_size is 2, needs 1"),
         ({"logprobs_mode": "processed_logprobs"}, "logprobs_mode is processed_logprobs, needs raw_logprobs"),
         ({"temperature": 0.7}, "temperature is 0.7, needs 1 with calculate_log_probs"),

@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 vllm = pytest.importorskip("vllm")
 
-from recast_cli.core.beam_search import beam_search, beam_searches
+from recast_cli.core.beam_group import beam_group
+from recast_cli.core.beam_search import beam_searches
 from recast_cli.core.spelling import find_all
 from recast_cli.vocabulary import Vocabulary, encode_prompts
 from verl_recast import band
@@ -223,7 +224,7 @@ def test_beams_by_expansion_are_the_sid_engines(
     catalogue = Catalogue.load(tokenizer_folder)
     model = AutoModelForCausalLM.from_pretrained(tokenizer_folder / "model", dtype=torch.float32)
     asked, pad = prompts[:12], catalogue.pad_token_id
-    expected = beam_search(model, catalogue.trie, catalogue.level_offsets, asked, width, pad_token_id=pad)
+    expected = beam_group(model, catalogue.trie, catalogue.level_offsets, asked, width, pad_token_id=pad)
 
     async def score(requests: list[tuple[list[int], list[int]]]) -> list[list[float]]:
         params = [
@@ -236,8 +237,9 @@ def test_beams_by_expansion_are_the_sid_engines(
         return [[found[i].logprob for i in ids] for found, (_, ids) in zip(first, requests, strict=True)]
 
     found = asyncio.run(expand_beams(score, catalogue.trie, catalogue.level_offsets, asked, width))
-    assert torch.equal(found.codes_BWL, expected.codes_BWL)
-    assert torch.allclose(found.scores_BW, expected.scores_BW, atol=1e-5)
+    assert torch.equal(found.codes_BGL, expected.codes_BGL)
+    for name in ("log_probs_BGL", "trie_log_probs_BGL"):
+        assert torch.allclose(getattr(found, name), getattr(expected, name), atol=1e-5, equal_nan=True), name
 
 
 def test_draws_follow_the_sid_engines_distribution(

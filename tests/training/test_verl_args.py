@@ -92,6 +92,16 @@ def test_paths_survive_the_composed_config(make_recipe, name: str) -> None:
     assert config.actor_rollout_ref.rollout.custom.tokenizer == str(path)
 
 
+def test_how_groups_are_drawn_reaches_the_engine(make_recipe) -> None:
+    plain = parse(rl(make_recipe()))
+    assert set(plain["actor_rollout_ref.rollout.custom"]) == {"tokenizer", "log"}
+    assert plain["actor_rollout_ref.rollout.top_p"] == 1.0
+    options = {"sampling": "without-replacement", "exclude_history": True, "masked_actor": True}
+    found = parse(rl(make_recipe(rl=options)))["actor_rollout_ref.rollout.custom"]
+    assert {name: found[name] for name in options} == options
+    assert parse(rl(make_recipe(rl={"top_p": 0.9})))["actor_rollout_ref.rollout.top_p"] == 0.9
+
+
 def test_a_recipes_own_verl_keys_come_last(make_recipe) -> None:
     recipe = make_recipe(
         verl={"trainer.nnodes": 2, "+trainer.note": None, "data.shuffle": True, "+trainer.l": [1, "x"]}

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from recast_cli.core.seeding import hash64
+from verl_recast.rollout.group_sampling import require_sampling
 from verl_recast.rollout.trie_rows import TOKENIZER_KEY
 from verl_recast.rollout.vllm_beams import MAX_LOGPROB_TOKENS
 
@@ -32,6 +33,7 @@ async def sample_groups(
     step: int,
     seed: int,
     temperature: float,
+    top_p: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Token ids of every answer and the log-probs that vLLM reports of them, both (B, G, L).
 
@@ -42,6 +44,7 @@ async def sample_groups(
             vLLM puts it into.
         num_rollouts: G.
         temperature: Of the policy renormalised over the trie.
+        top_p: Mass of the nucleus of each code, of the same policy.
 
     Raises:
         RuntimeError: an answer of other than L tokens.
@@ -52,7 +55,7 @@ async def sample_groups(
         params = {
             "max_tokens": num_levels,
             "temperature": temperature,
-            "top_p": 1.0,
+            "top_p": top_p,
             "top_k": -1,
             "seed": request_seed,
             "logprobs": True,
@@ -104,6 +107,14 @@ def require_fitting(config: Any) -> None:
     prefix = "actor_rollout_ref.rollout"
     if not (config.custom or {}).get("tokenizer"):
         raise ValueError(f"set +{prefix}.custom={{tokenizer: DIR}} (a folder of recast build-tokenizer)")
+    require_sampling(config)
+    sampling = config.custom.get("sampling", "iid")
+    if sampling not in ("iid", "beam") or config.custom.get("exclude_history"):
+        raise ValueError(
+            f"{prefix}.custom.sampling is {sampling} with exclude_history="
+            f"{bool(config.custom.get('exclude_history'))}, vLLM needs iid or beam and False: "
+            f"{prefix}.name=recast_sid does the others"
+        )
     if config.pipeline_model_parallel_size > 1:
         raise ValueError(
             f"{prefix}.pipeline_model_parallel_size is {config.pipeline_model_parallel_size}, needs 1: verl "

@@ -52,31 +52,42 @@ class TrieVLLMServer(vLLMHttpServer):
         step: int,
         seed: int,
         temperature: float,
+        sampling: str = "iid",
+        top_p: float = 1.0,
+        history: None = None,
     ) -> dict[str, Any]:
         """A group of answers for every prompt: question and answer of `SIDServer.generate_groups`.
 
-        Log-probs are those over the full vocabulary at temperature 1.
+        Log-probs are those of temperature 1, and of samples nobody knows the share of the trie.
         """
-        shape = len(prompts), num_rollouts, self.catalogue.num_levels
-        if temperature == 0:
-            catalogue = self.catalogue
+        catalogue = self.catalogue
+        if temperature == 0 or sampling == "beam":
             beams = await expand_beams(
                 self._child_log_probs, catalogue.trie, catalogue.level_offsets, prompts, num_rollouts
             )
-            codes_BGL, log_probs_BGL = beams.codes_BWL.numpy(), np.full(shape, np.nan, dtype=np.float32)
-        else:
-            tokens_BGL, log_probs_BGL = await sample_groups(
-                self.generate,
-                prompts,
-                index_B,
-                num_rollouts,
-                num_levels=self.catalogue.num_levels,
-                step=step,
-                seed=seed,
-                temperature=temperature,
-            )
-            codes_BGL = tokens_BGL - np.asarray(self.catalogue.level_offsets)
-        return {"codes_BGL": codes_BGL, "log_probs_BGL": log_probs_BGL, "global_steps": self.global_steps}
+            return {
+                "codes_BGL": beams.codes_BGL.numpy(),
+                "log_probs_BGL": beams.log_probs_BGL.numpy(),
+                "trie_log_probs_BGL": beams.trie_log_probs_BGL.numpy(),
+                "global_steps": self.global_steps,
+            }
+        tokens_BGL, log_probs_BGL = await sample_groups(
+            self.generate,
+            prompts,
+            index_B,
+            num_rollouts,
+            num_levels=catalogue.num_levels,
+            step=step,
+            seed=seed,
+            temperature=temperature,
+            top_p=top_p,
+        )
+        return {
+            "codes_BGL": tokens_BGL - np.asarray(catalogue.level_offsets),
+            "log_probs_BGL": log_probs_BGL,
+            "trie_log_probs_BGL": np.full_like(log_probs_BGL, np.nan),
+            "global_steps": self.global_steps,
+        }
 
     async def _child_log_probs(self, requests: list[tuple[list[int], list[int]]]) -> list[list[float]]:
         if self.lora_as_adapter:
