@@ -82,6 +82,8 @@ def test_validation_of_the_start_has_the_beams_of_the_sid_engine(recast_job: Job
     found, expected = (log_of(job, "val")[0] for job in (recast_job, sid_job))
     assert found["step"] == expected["step"] == 0
     assert found["rollouts"] == found["prompts"] * BEAMS > BEAMS
+    masses = [line.pop("catalogue_mass") for line in (found, expected)]  # of 1e-5 log-probs
+    assert masses[0] == pytest.approx(masses[1], rel=1e-4)
     assert found == expected
     names = [name for name in sid_job.metrics[0] if name.startswith("val-core/")]
     assert {name.rsplit("/", 1)[1].split("@")[0] for name in names} == {"pass", "recall", "ndcg"}
