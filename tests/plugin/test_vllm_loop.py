@@ -118,6 +118,10 @@ def test_config_with_the_trie_passes_whoever_wants_log_probs() -> None:
         ),
         ({"engine_kwargs": {"vllm": {"logits_processors": ["a:B"]}}}, r"found \['a:B'\]"),
         ({"engine_kwargs": {"vllm": {"logits_processors": [PROCESSOR]}}}, "is None, needs a/tokenizer"),
+        (
+            {"custom": {"catalogue": "b.csv"}},
+            r"custom.catalogue is b.csv: the trie of vLLM needs .*.tokenizer",
+        ),
         ({"custom": {"tokenizer": "b"}}, r"recast_tokenizer is a/tokenizer, needs b \(.*custom.tokenizer\)"),
         (
             {"logprobs_mode": "processed_logprobs"},
