@@ -156,12 +156,13 @@ def rl_arguments(
     out: Path,
     prompt_length: int,
     num_levels: int,
-    rollout_log: Path,
+    rollout_log: Path | None,
     resume_from: Path | None = None,
 ) -> list[str]:
     """Overrides of `verl.trainer.main_ppo` for the recipe's method.
 
     Args:
+        rollout_log: File for one line per batch of rollouts; None writes none.
         resume_from: A checkpoint of the same run (`global_step_N`) to go on from.
     """
     tokens = max(recipe.rl.max_tokens_per_micro_batch, prompt_length + num_levels, PADDING_ROW_TOKENS)
@@ -223,12 +224,15 @@ def _actor_options(recipe: Recipe, model: Path, num_levels: int) -> dict[str, An
     return options
 
 
-def _rollout_options(recipe: Recipe, prompt_length: int, num_levels: int, log: Path) -> dict[str, Any]:
+def _rollout_options(recipe: Recipe, prompt_length: int, num_levels: int, log: Path | None) -> dict[str, Any]:
     """The SID rollout engine and the agent loop that asks it."""
     rollout = "actor_rollout_ref.rollout"
+    custom = {"tokenizer": quoted(Path(recipe.tokenizer).resolve())}
+    if log is not None:
+        custom["log"] = quoted(log)
     return {
         f"{rollout}.name": "recast_sid",
-        f"+{rollout}.custom": {"tokenizer": quoted(Path(recipe.tokenizer).resolve()), "log": quoted(log)},
+        f"+{rollout}.custom": custom,
         f"+{rollout}.agent.agent_loop_manager_class": LOOP_MANAGER,
         f"{rollout}.agent.num_workers": 1,
         f"{rollout}.n": recipe.rl.group_size,
