@@ -156,12 +156,13 @@ def rl_arguments(
     out: Path,
     prompt_length: int,
     num_levels: int,
-    rollout_log: Path,
+    rollout_log: Path | None,
     resume_from: Path | None = None,
 ) -> list[str]:
     """Overrides of `verl.trainer.main_ppo` for the recipe's method.
 
     Args:
+        rollout_log: File for one line per batch of rollouts; None writes none.
         resume_from: A checkpoint of the same run (`global_step_N`) to go on from.
     """
     tokens = max(recipe.rl.max_tokens_per_micro_batch, prompt_length + num_levels, PADDING_ROW_TOKENS)
@@ -223,10 +224,12 @@ def _actor_options(recipe: Recipe, model: Path, num_levels: int) -> dict[str, An
     return options
 
 
-def _rollout_options(recipe: Recipe, prompt_length: int, num_levels: int, log: Path) -> dict[str, Any]:
+def _rollout_options(recipe: Recipe, prompt_length: int, num_levels: int, log: Path | None) -> dict[str, Any]:
     """The rollout engine and the agent loop that asks it."""
     rollout, device = "actor_rollout_ref.rollout", resolve_device(recipe)
-    custom = {"tokenizer": quoted(Path(recipe.tokenizer).resolve()), "log": quoted(log)}
+    custom: dict[str, Any] = {"tokenizer": quoted(Path(recipe.tokenizer).resolve())}
+    if log is not None:
+        custom["log"] = quoted(log)
     # Only what differs from the engine's defaults: the command stays short.
     for name, default in (("sampling", "iid"), ("exclude_history", False), ("masked_actor", False)):
         if (chosen := getattr(recipe.rl, name)) != default:

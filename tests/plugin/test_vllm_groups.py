@@ -106,7 +106,8 @@ def test_config_that_fits_passes_also_at_another_temperature_without_log_probs()
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
-        ({"custom": None}, r"set \+actor_rollout_ref.rollout.custom=\{tokenizer: DIR\}"),
+        ({"custom": {"catalogue": "b.csv"}}, r"found .*custom.catalogue=b.csv: set .*name=recast_sid"),
+        ({"custom": None}, r"^set \+actor_rollout_ref.rollout.custom=\{tokenizer: DIR\}"),
         (
             {"custom": {"tokenizer": "t", "sampling": "without-replacement"}},
             "sampling is without-replacement with exclude_history=False, vLLM needs iid or beam and False",

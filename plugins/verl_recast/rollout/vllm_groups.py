@@ -105,14 +105,19 @@ def require_fitting(config: Any) -> None:
         ValueError: naming the option, the value found and the value needed.
     """
     prefix = "actor_rollout_ref.rollout"
-    if not (config.custom or {}).get("tokenizer"):
-        raise ValueError(f"set +{prefix}.custom={{tokenizer: DIR}} (a folder of recast build-tokenizer)")
+    custom = config.custom or {}
+    if not custom.get("tokenizer"):
+        found = f"found {prefix}.custom.catalogue={custom['catalogue']}: " if custom.get("catalogue") else ""
+        raise ValueError(
+            f"{found}set +{prefix}.custom={{tokenizer: DIR}} (a folder of recast build-tokenizer); "
+            "catalogues made elsewhere need rollout.name=recast_sid"
+        )
     require_sampling(config)
-    sampling = config.custom.get("sampling", "iid")
-    if sampling not in ("iid", "beam") or config.custom.get("exclude_history"):
+    sampling = custom.get("sampling", "iid")
+    if sampling not in ("iid", "beam") or custom.get("exclude_history"):
         raise ValueError(
             f"{prefix}.custom.sampling is {sampling} with exclude_history="
-            f"{bool(config.custom.get('exclude_history'))}, vLLM needs iid or beam and False: "
+            f"{bool(custom.get('exclude_history'))}, vLLM needs iid or beam and False: "
             f"{prefix}.name=recast_sid does the others"
         )
     if config.pipeline_model_parallel_size > 1:
