@@ -17,9 +17,13 @@ from typing import Any
 
 import pytest
 
+from verl_recast.platform import vllm_cpu
+
 PLUGIN = Path(__file__).parents[2] / "plugins" / "verl_recast"
 HOSTS = ("verl", "transfer_queue")
 VLLM_IS_HERE = importlib.util.find_spec("vllm") is not None
+if VLLM_IS_HERE:
+    vllm_cpu.answer_for_vllm()  # verl's modules about vLLM ask for its version when they are imported
 NEED_VLLM = ("verl_recast.rollout.vllm_server", "verl_recast.rollout.vllm_trie")
 
 
