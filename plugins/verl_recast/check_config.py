@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from verl_recast import ROLLOUT_NAME
+from verl_recast import ROLLOUT_NAME, masked_actor
 from verl_recast.settings import ESTIMATOR, TRAINER_MODE, RecastSettings
 
 KEPT_PER_GROUP = 2
@@ -31,6 +31,8 @@ def check_config(config: Any) -> None:
     _require(not worker.actor.shuffle, "actor.shuffle", True, "False (mini-batches are laid out by prompt)")
     _check_loss(worker)
     _check_lora(worker, config.trainer.get("device"))
+    if masked_actor.wanted(worker):
+        masked_actor.require_maskable(worker)
     if settings.tie_rule == "most-probable":
         needed = "True (algorithm.recast.tie_rule=most-probable compares sampling log-probs)"
         found = worker.rollout.calculate_log_probs
