@@ -58,7 +58,7 @@ def test_a_masked_actor_needs_the_catalogue_and_whole_logits() -> None:
     check_config(config(custom))
     with pytest.raises(ValueError, match=r"custom\.masked_actor: .*custom\.tokenizer is None"):
         check_config(config("+actor_rollout_ref.rollout.custom={masked_actor: true}"))
-    with pytest.raises(ValueError, match="model.use_fused_kernels is True, needs False"):
+    with pytest.raises(ValueError, match=r"model\.use_fused_kernels is True, needs False"):
         check_config(config(custom, "actor_rollout_ref.model.use_fused_kernels=True"))
     with pytest.raises(ValueError, match="ulysses_sequence_parallel_size is 2, needs 1"):
         check_config(config(custom, "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=2"))
