@@ -47,11 +47,12 @@ DATASET_FIELDS = ("uid", "index", "data_source", "reward_model", "extra_info")
 class GroupLoopWorker(AgentLoopWorker):
     """Rolls out and scores the groups of a chunk of prompts.
 
-    `rollout.custom` is read here: `tokenizer` names the tokenizer artifact, or `catalogue` a catalogue made
-    elsewhere; `answer_prefix` is what such a model writes before the first code; `sampling` says how a group
+    `rollout.custom` is read here. `tokenizer` names the tokenizer artifact, or `catalogue` a catalogue made
+    elsewhere; `answer_prefix` is what such a model writes before the first code. `sampling` says how a group
     is drawn (`group_sampling.SAMPLINGS`); with `exclude_history` no rollout answers an item of its row's
-    `extra_info.history`; `log` may name a file that gets one JSON line per batch, whatever the trainer: the
-    statistics of its full groups, and a hash of them. Validation draws no group: neither holds for it.
+    `extra_info.history`: neither holds for validation. With `masked_actor` the sampling log-probs are the
+    trie's, like the actor's. `log` may name a file that gets one JSON line per batch, whatever the trainer:
+    the statistics of its full groups, and a hash of them.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -62,6 +63,7 @@ class GroupLoopWorker(AgentLoopWorker):
         self.answer_prefix = str(custom.get("answer_prefix") or "")
         self.sampling = custom.get("sampling", "iid")
         self.exclude_history = bool(custom.get("exclude_history", False))
+        self.masked_actor = bool(custom.get("masked_actor", False))
         self.seed = RecastSettings.from_algorithm(self.config.algorithm).seed
         self.background_tasks: set[asyncio.Task] = set()
 
@@ -161,16 +163,19 @@ class GroupLoopWorker(AgentLoopWorker):
     ) -> tuple[list[str], list[dict[str, Any]], list[dict[str, Any]]]:
         """TransferQueue keys, fields and tags of every rollout; a missing answer (-1) leaves no record."""
         codes_BGL, log_probs_BGL = out["codes_BGL"], out["log_probs_BGL"]
+        trie_log_probs_BGL = out.get("trie_log_probs_BGL")  # a replay has none
+        actors_BGL = log_probs_BGL
+        if self.masked_actor and trie_log_probs_BGL is not None:
+            actors_BGL = trie_log_probs_BGL
         tokens_BGL = torch.from_numpy(self.catalogue.token_ids(codes_BGL))
         keys, fields, tags = [], [], []
         for b, g in np.argwhere((codes_BGL >= 0).all(axis=-1)).tolist():
             record = _record(rows[b], prompts[b], tokens_BGL[b, g], infos[b][g], out["global_steps"])
             record["session_id"] = g
             if self.rollout_config.calculate_log_probs:
-                record["rollout_log_probs"] = torch.from_numpy(log_probs_BGL[b, g]).float()
-            if "trie_log_probs_BGL" in out:  # a replay has none
-                trie_L = out["trie_log_probs_BGL"][b, g]
-                record["extra_fields"] |= sampled_fields(log_probs_BGL[b, g], trie_L)
+                record["rollout_log_probs"] = torch.from_numpy(actors_BGL[b, g]).float()
+            if trie_log_probs_BGL is not None:
+                record["extra_fields"] |= sampled_fields(log_probs_BGL[b, g], trie_log_probs_BGL[b, g])
             keys.append(f"{rows[b]['uid']}_{g}_0")
             fields.append(record)
             tags.append(_tag(record, int(rows[b]["global_steps"]), out["global_steps"]))

@@ -130,6 +130,11 @@ def require_fitting(config: Any) -> None:
             f"{prefix}.logprobs_mode is {config.logprobs_mode}, needs raw_logprobs: beams, and the "
             "comparison with the actor, are over the full vocabulary"
         )
+    if config.calculate_log_probs and custom.get("masked_actor") and sampling == "iid":
+        raise ValueError(
+            f"{prefix}.calculate_log_probs is True, custom.masked_actor needs False: vLLM's raw log-probs "
+            "are over the full vocabulary, the actor's over the trie"
+        )
     if config.calculate_log_probs and config.temperature != 1:
         raise ValueError(
             f"{prefix}.temperature is {config.temperature}, needs 1 with calculate_log_probs: vLLM's raw "
