@@ -67,6 +67,8 @@ recast=(
     actor_rollout_ref.rollout.name=recast_sid
     +actor_rollout_ref.rollout.custom="$catalogue"
     +actor_rollout_ref.rollout.agent.agent_loop_manager_class=verl_recast.rollout.agent_loop.GroupLoopManager
+    trainer.v1.sampler.custom_sampler.path=pkg://verl_recast.sampler
+    trainer.v1.sampler.custom_sampler.name=QuickReplayBuffer
     "${prompts[@]}"
 )
 
