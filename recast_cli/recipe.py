@@ -190,6 +190,9 @@ class Recipe(Section):
         16, description="logical CPUs that Ray may hand out"
     )
     num_gpus: Positive = 1
+    rollout: Literal["sid", "vllm"] = Field(
+        "sid", description="engine of the rollouts: our own, or vLLM with the catalogue's trie"
+    )
     warm_start: WarmStart = WarmStart()
     rl: RL = RL()
     method: Method = Method()
@@ -214,6 +217,19 @@ class Recipe(Section):
                 )
             if key.endswith("trainer.logger") and "file" not in str(value):
                 raise ValueError(f"{key} is {value}, needed file in it: recast reads the steps from there")
+        return self
+
+    @model_validator(mode="after")
+    def _engine_can(self) -> Recipe:
+        if self.rollout == "vllm" and self.rl.sampling == "without-replacement":
+            raise ValueError("rl.sampling without-replacement needs rollout sid, found vllm")
+        if self.rollout == "vllm" and self.rl.exclude_history:
+            raise ValueError("rl.exclude_history true needs rollout sid, found vllm")
+        if self.rollout == "vllm" and self.rl.temperature != 1 and self.method.tie_rule == "most-probable":
+            raise ValueError(
+                f"method.tie_rule most-probable with rl.temperature {self.rl.temperature} needs rollout sid: "
+                "vLLM reports the log-probs of temperature 1"
+            )
         return self
 
     @model_validator(mode="after")

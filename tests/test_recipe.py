@@ -367,3 +367,16 @@ def test_yaml_merge_keys_work(write) -> None:
     text = MINIMAL + "warm_start: &shared {learning_rate: 0.1}\nrl: {<<: *shared, steps: 4}\n"
     recipe = load_recipe(write(text))
     assert (recipe.rl.learning_rate, recipe.rl.steps) == (0.1, 4)
+
+
+def test_what_vllm_cannot_do_is_refused(write) -> None:
+    path, likeliest = write(MINIMAL), ["method.tie_rule=most-probable", "rl.temperature=0.7"]
+    load_recipe(path, [likeliest[0], "rollout=vllm", "rl.sampling=beam"])
+    for options, found in (
+        (likeliest, "most-probable with rl.temperature 0.7 needs rollout sid"),
+        (["rl.sampling=without-replacement"], "rl.sampling without-replacement needs rollout sid"),
+        (["rl.exclude_history=true"], "rl.exclude_history true needs rollout sid"),
+    ):
+        load_recipe(path, options)
+        with pytest.raises(RecipeError, match=found):
+            load_recipe(path, [*options, "rollout=vllm"])

@@ -91,6 +91,6 @@ def require_sampling(config: Any) -> None:
             found = getattr(section, name, values[0])
             if found not in values:
                 raise ValueError(
-                    "rollout engine recast_sid samples by temperature and top_p, found "
+                    f"rollout engine {config.name} samples by temperature and top_p, found "
                     f"{part}{name}={found}: set {prefix}.{part}{name}={values[0]}"
                 )

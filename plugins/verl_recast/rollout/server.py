@@ -14,7 +14,7 @@ from verl.workers.rollout.replica import TokenOutput
 
 from recast_cli.core.seeding import hash64
 from recast_cli.core.walk import TOKEN_BUDGET
-from verl_recast.catalogue import Catalogue
+from verl_recast.catalogue import require_catalogue
 from verl_recast.rollout.group_sampling import draw_groups, require_sampling
 
 
@@ -22,7 +22,7 @@ class SIDServer:
     """Generates groups of semantic IDs; the prompt is prefilled once and its KV shared by the group.
 
     Args:
-        config: verl's rollout config; `custom.tokenizer` names the tokenizer artifact.
+        config: verl's rollout config; `custom.tokenizer` or `custom.catalogue` names the catalogue.
         model_config: verl's model config.
         device: "cuda" or "cpu".
 
@@ -39,7 +39,7 @@ class SIDServer:
             torch.set_num_threads(threads)
         self.config = config
         self.device = torch.device(device)
-        catalogue = Catalogue.load(config.custom["tokenizer"])
+        catalogue = require_catalogue(config.custom, model_config.tokenizer)
         self.catalogue = replace(catalogue, trie=catalogue.trie.to(self.device))
         model = AutoModelForCausalLM.from_config(
             model_config.hf_config, dtype=PrecisionType.to_dtype(config.dtype), attn_implementation="sdpa"
