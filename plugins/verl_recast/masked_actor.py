@@ -1,5 +1,6 @@
 """An actor masked to the trie: old log-probs, reference log-probs, entropy and update of the policy that
-rollouts are drawn from. `+actor_rollout_ref.rollout.custom.masked_actor=true`, beside `custom.tokenizer`.
+rollouts are drawn from. `+actor_rollout_ref.rollout.custom.masked_actor=true`, beside `custom.tokenizer`
+or `custom.catalogue`.
 
 verl's FSDP engine turns logits into log-probs in `prepare_model_outputs`, padded or packed, for every phase:
 the logits of the answers are masked right before it, so that all it derives is of the masked policy.
@@ -16,7 +17,8 @@ from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 
 from recast_cli.core.masked_policy import mask_answers
-from verl_recast.catalogue import Catalogue
+from verl_recast import ROLLOUT_NAME
+from verl_recast.catalogue import Catalogue, require_catalogue
 
 
 def wanted(worker: Any) -> bool:
@@ -39,9 +41,13 @@ def require_maskable(worker: Any) -> None:
         section.get("ulysses_sequence_parallel_size", 1)
         for section in (actor, actor.get("fsdp_config") or {})
     )
-    tokenizer = worker.rollout.custom.get("tokenizer")
+    custom, rollout = worker.rollout.custom, worker.rollout
+    named = custom.get("tokenizer") or custom.get("catalogue")
+    # Another engine does not know the log-probs over the trie, which the actor's would be compared with.
+    compared = rollout.get("name") != ROLLOUT_NAME and bool(rollout.get("calculate_log_probs", False))
     for ok, name, found, needed in (
-        (tokenizer, "rollout.custom.tokenizer", tokenizer, "a folder of recast build-tokenizer"),
+        (named, "rollout.custom.tokenizer", named, "a folder of recast build-tokenizer"),
+        (not compared, "rollout.calculate_log_probs", compared, f"False (engine {rollout.get('name')})"),
         (actor.strategy in ("fsdp", "fsdp2"), "actor.strategy", actor.strategy, "fsdp or fsdp2"),
         (not fused, "model.use_fused_kernels", fused, "False (a fused kernel makes no logits)"),
         (not grouped, "actor.use_prefix_grouper", grouped, "False (it takes log-probs its own way)"),
@@ -114,10 +120,11 @@ def mask_workers(worker_class: Any) -> None:
             return stock(self)
         require_maskable(self.config)
         built = stock(self)
-        catalogue = Catalogue.load(self.config.rollout.custom["tokenizer"])
         for role in ("actor", "ref"):
             if role in self.role:
-                mask_engine(getattr(self, role).engine, catalogue)
+                worker = getattr(self, role)
+                tokenizer = worker.model_config.tokenizer
+                mask_engine(worker.engine, require_catalogue(self.config.rollout.custom, tokenizer))
         return built
 
     worker_class.init_model = init_model

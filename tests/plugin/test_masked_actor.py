@@ -173,6 +173,7 @@ def test_gradient_is_autograds_of_the_masked_policy(
     ("key", "value", "message"),
     [
         ("rollout.custom.tokenizer", None, "rollout.custom.tokenizer is None, needs a folder"),
+        ("rollout.name", "recast_vllm", "calculate_log_probs is True, needs False .engine recast_vllm"),
         ("actor.strategy", "megatron", "actor.strategy is megatron, needs fsdp or fsdp2"),
         ("actor.use_fused_kernels", True, "model.use_fused_kernels is True, needs False"),
         ("actor.use_prefix_grouper", True, "actor.use_prefix_grouper is True, needs False"),
@@ -187,7 +188,11 @@ def test_an_engine_that_cannot_be_masked_is_refused(key: str, value: Any, messag
     worker = OmegaConf.create(
         {
             "actor": {"strategy": "fsdp", "fsdp_config": {}},
-            "rollout": {"custom": {"tokenizer": "t", "masked_actor": True}},
+            "rollout": {
+                "name": "recast_sid",
+                "calculate_log_probs": True,
+                "custom": {"tokenizer": "t", "masked_actor": True},
+            },
         }
     )
     require_maskable(worker)

@@ -231,6 +231,16 @@ def test_verls_one_answer_interface(tokenizer_folder: Path, prompts: list[list[i
     assert len({tuple(ask(f"r{i}").token_ids) for i in range(12)}) > 1
 
 
+@pytest.mark.parametrize("custom", [{"sampling": "beam"}, {"exclude_history": True}])
+def test_a_stock_agent_loop_cannot_ask_for_groups(tokenizer_folder: Path, custom: dict[str, Any]) -> None:
+    config = RolloutConfig(
+        name="recast_sid", dtype="float32", custom={"tokenizer": str(tokenizer_folder)} | custom
+    )
+    server = SIDServer(config, HFModelConfig(path=str(tokenizer_folder / "model")), "cpu")
+    with pytest.raises(ValueError, match=f"rollout.custom.{next(iter(custom))} is .*GroupLoopManager"):
+        asyncio.run(server.generate("r", prompt_ids=[1], sampling_params={}))
+
+
 # -- a constraint that is broken on purpose --------------------------------------------------------------
 
 

@@ -99,7 +99,17 @@ class SIDServer:
     async def generate(
         self, request_id: str, *, prompt_ids: list[int], sampling_params: dict[str, Any], **_: Any
     ) -> TokenOutput:
-        """verl's one-answer interface, for stock agent loops; seeded by the request id."""
+        """verl's one-answer interface, for stock agent loops; seeded by the request id.
+
+        Raises:
+            ValueError: the config asks for groups that no stock agent loop can ask for.
+        """
+        for name, default in (("sampling", "iid"), ("exclude_history", False)):
+            if (found := self.config.custom.get(name, default)) != default:
+                raise ValueError(
+                    f"rollout.custom.{name} is {found}, which needs rollout.agent.agent_loop_manager_class="
+                    "verl_recast.rollout.agent_loop.GroupLoopManager"
+                )
         digest = int(hash64(*request_id.encode()).item()) >> 1
         seed = sampling_params.get("seed")
         out = await self.generate_groups(
