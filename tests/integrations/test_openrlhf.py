@@ -7,11 +7,13 @@ these parts of it import but do not use. Those are left empty here.
 from __future__ import annotations
 
 import asyncio
-import importlib
+import importlib.util
+import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -27,6 +29,11 @@ from recast_cli.data.movielens import cache_dir
 
 VERSION = "0.11.2"
 EXAMPLES = Path(__file__).parents[2] / "docs" / "guides" / "examples"
+MODULES = {
+    "agent": "utils.agent",
+    "generator": "trainer.ppo_utils.samples_generator",
+    "maker": "trainer.ppo_utils.experience_maker",
+}
 # Their __init__ imports CUDA libraries: left empty, while their modules are read from the wheel.
 PACKAGES = ("openrlhf", "openrlhf.utils", "openrlhf.models", "openrlhf.trainer", "openrlhf.trainer.ray")
 UNUSED = {
@@ -37,51 +44,53 @@ UNUSED = {
 }
 
 
-def fetch(folder: Path) -> Path:
-    """Path of the wheel, from the cache or the package index; skips the test without either."""
-    pattern = f"openrlhf-{VERSION}-*.whl"
-    if not list(folder.glob(pattern)):
+def fetch(scratch: Path) -> Path:
+    """The wheel, from the cache or the package index; without either the tests are skipped."""
+    cache, pattern = cache_dir(), f"openrlhf-{VERSION}-*.whl"
+    if not list(cache.glob(pattern)):
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        command += ["--python-version=3.11", "--platform=manylinux1_x86_64", f"--dest={folder}"]
+        command += ["--python-version=3.11", "--platform=manylinux1_x86_64", f"--dest={scratch}"]
         done = subprocess.run(
             [*command, f"openrlhf=={VERSION}"], capture_output=True, text=True, timeout=120, check=False
         )
         if done.returncode:
-            pytest.skip(f"openrlhf=={VERSION} cannot be fetched: {done.stderr.strip().splitlines()[-1:]}")
-    return next(folder.glob(pattern))
+            pytest.skip(f"openrlhf=={VERSION} cannot be fetched: {done.stderr.strip()[-200:]}")
+        (found,) = scratch.glob(pattern)
+        cache.mkdir(parents=True, exist_ok=True)
+        shutil.move(found, cache / f"{found.name}.part")
+        (cache / f"{found.name}.part").rename(cache / found.name)
+    return next(cache.glob(pattern))
+
+
+@contextmanager
+def left_empty(names: dict[str, tuple[str, ...]]) -> Iterator[None]:
+    """Modules that hold nothing but the given names, for as long as something imports them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, attributes in names.items():
+            module = ModuleType(name)
+            for attribute in attributes:
+                setattr(module, attribute, object)
+            patch.setitem(sys.modules, name, module)
+        yield
 
 
 @pytest.fixture(scope="module")
 def openrlhf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
-    """OpenRLHF's own `agent`, `samples_generator`, `experience` and `experience_maker` modules."""
+    """OpenRLHF's own modules, read from its wheel."""
     folder = tmp_path_factory.mktemp("openrlhf")
-    cache = cache_dir()
-    cache.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(fetch(cache)) as wheel:
+    with zipfile.ZipFile(fetch(folder)) as wheel:
         wheel.extractall(folder)
-    (root,) = {path.parent.parent for path in folder.rglob("openrlhf/__init__.py")}
+    (root,) = {path.parents[1] for path in folder.rglob("openrlhf/__init__.py")}
     with pytest.MonkeyPatch.context() as patch:
         for name in PACKAGES:
             package = ModuleType(name)
             package.__path__ = [str(root / name.replace(".", "/"))]
             patch.setitem(sys.modules, name, package)
-        for name, attributes in UNUSED.items():
-            module = ModuleType(name)
-            for attribute in attributes:
-                setattr(module, attribute, object)
-            patch.setitem(sys.modules, name, module)
-        modules = {
-            short: importlib.import_module(f"openrlhf.{name}")
-            for short, name in (
-                ("agent", "utils.agent"),
-                ("generator", "trainer.ppo_utils.samples_generator"),
-                ("experience", "trainer.ppo_utils.experience"),
-                ("maker", "trainer.ppo_utils.experience_maker"),
-            )
-        }
+        with left_empty(UNUSED):
+            modules = {name: importlib.import_module(f"openrlhf.{path}") for name, path in MODULES.items()}
         yield SimpleNamespace(**modules)
-        for name in [name for name in sys.modules if name.split(".")[0] == "openrlhf"]:
-            del sys.modules[name]
+    for name in [name for name in sys.modules if name.split(".")[0] == "openrlhf"]:
+        del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +99,7 @@ def tokenizer(tokenizer_folder: Path) -> Any:
 
 
 class Engine:
-    """What OpenRLHF's executors ask of vLLM, by a real model: `generate`, one answer a call.
-
-    Args:
-        codes: Sample among code tokens of the level only, so that answers are well formed.
-    """
+    """What OpenRLHF's executors ask of vLLM, by a real model: an answer a call, of one code a level."""
 
     def __init__(self, folder: Path, tokenizer: Any) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
