@@ -47,13 +47,14 @@ def test_three_groups_by_hand() -> None:
 
 
 def test_a_rollout_without_a_semantic_id_is_replaced_first_and_negative_last() -> None:
-    valid_BG = np.array([[True, False, True], [False, False, False]])
+    valid_BG = np.tile([True, False, False, True], (20, 1))
+    valid_BG[10:] = False
     codes_BGL = np.where(valid_BG[..., None], np.array(STRANGER), -1)
-    found = choose_pairs(codes_BGL, valid_BG, [[TARGET]] * 2, np.array([0, 1]), seed=0, step=0)
-    assert found.kept_B2[0, 0] == 1
-    assert found.codes_B2L[0].tolist() == [[*TARGET], [*STRANGER]]
-    assert found.codes_B2L[1].tolist() == [[*TARGET], [-1, -1, -1]]  # nothing better was there
-    assert found.trainable_B.tolist() == [True, True]
+    found = choose_pairs(codes_BGL, valid_BG, [[TARGET]] * 20, np.arange(20), seed=0, step=0)
+    assert set(found.kept_B2[:10, 0].tolist()) == {1, 2}
+    assert found.codes_B2L[:10].tolist() == [[[*TARGET], [*STRANGER]]] * 10
+    assert found.codes_B2L[10:].tolist() == [[[*TARGET], [-1, -1, -1]]] * 10  # nothing better was there
+    assert found.trainable_B.all()
 
 
 def test_every_target_can_be_the_anchor_and_counts_as_a_hit() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -21,21 +22,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recast_cli.core.pairs import choose_pairs
 from recast_cli.core.spelling import spell
 from recast_cli.data.movielens import cache_dir
+from recast_cli.vocabulary import encode_prompts
 
 VERSION = "0.11.2"
 EXAMPLES = Path(__file__).parents[2] / "docs" / "guides" / "examples"
 MODULES = {
     "agent": "utils.agent",
+    "data": "datasets.prompts_dataset",
     "generator": "trainer.ppo_utils.samples_generator",
     "maker": "trainer.ppo_utils.experience_maker",
 }
 # Their __init__ imports CUDA libraries: left empty, while their modules are read from the wheel.
-PACKAGES = ("openrlhf", "openrlhf.utils", "openrlhf.models", "openrlhf.trainer", "openrlhf.trainer.ray")
+PACKAGES = (
+    "openrlhf",
+    *(f"openrlhf.{name}" for name in ("utils", "models", "datasets", "trainer", "trainer.ray")),
+)
 UNUSED = {
     "deepspeed": (),
     "vllm": ("SamplingParams",),
@@ -88,7 +95,7 @@ def openrlhf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespa
             patch.setitem(sys.modules, name, package)
         with left_empty(UNUSED):
             modules = {name: importlib.import_module(f"openrlhf.{path}") for name, path in MODULES.items()}
-        yield SimpleNamespace(**modules)
+        yield SimpleNamespace(root=root, **modules)
     for name in [name for name in sys.modules if name.split(".")[0] == "openrlhf"]:
         del sys.modules[name]
 
@@ -141,12 +148,38 @@ def run(executor: Any, calls: list[tuple[str, Any]], engine: Engine, tokenizer: 
     return asyncio.run(all_calls())
 
 
-# --- the reward file ---
-
-
 def load_reward(openrlhf: SimpleNamespace) -> Any:
     """The executor that OpenRLHF makes of `--reward.remote_url FILE`."""
     return openrlhf.agent.SingleTurnAgentExecutor([str(EXAMPLES / "openrlhf_reward.py")])
+
+
+# --- the guide ---
+
+
+def test_openrlhf_reads_our_rows_as_they_are(
+    openrlhf: SimpleNamespace, tokenizer: Any, tokenizer_folder: Path
+) -> None:
+    rows = Dataset.from_parquet(str(tokenizer_folder / "verl" / "rl.parquet")).select(range(3)).to_list()
+    read = openrlhf.data.preprocess_data
+    for row in rows:
+        prompt, label = read(row, None, "prompt", "reward_model", tokenizer.apply_chat_template)
+        ids = tokenizer(text=prompt, add_special_tokens=False)["input_ids"]
+        assert [ids] == encode_prompts(tokenizer, [row["prompt"]])
+        answer = row["reward_model"]["ground_truth"]
+        assert load_reward(openrlhf).reward_func([prompt + answer], [prompt], [label])[
+            "rewards"
+        ].tolist() == [1]
+
+
+def test_openrlhf_knows_every_option_of_the_guide(openrlhf: SimpleNamespace) -> None:
+    guide = (EXAMPLES.parent / "openrlhf.md").read_text(encoding="utf-8")
+    options = set(re.findall(r"--[a-z]+\.[a-z_.]+", guide))
+    assert len(options) > 10
+    known = (openrlhf.root / "openrlhf" / "cli" / "train_ppo_ray.py").read_text(encoding="utf-8")
+    assert {option for option in options if f'"{option}"' not in known} == set()
+
+
+# --- the reward file ---
 
 
 def test_rewards_by_hand(openrlhf: SimpleNamespace) -> None:
