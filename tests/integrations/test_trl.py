@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +220,31 @@ def test_the_command_leaves_a_model_that_moved(tokenizer_folder: Path, tmp_path:
     after = trl_recast.load_model(tmp_path / "model", 0, "cpu").state_dict()
     assert before.keys() == after.keys()
     assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.slow
+def test_two_processes_update_as_one_does(tokenizer_folder: Path, tmp_path: Path) -> None:
+    trl_recast.main(arguments(tokenizer_folder, tmp_path / "one", "--steps", "1", "--prompts", "8"))
+    options = arguments(tokenizer_folder, tmp_path / "two", "--steps", "1", "--prompts", "4")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launch, trl_recast.__file__, *options],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+    def weights(folder: Path) -> torch.Tensor:
+        state = trl_recast.load_model(folder / "model", 0, "cpu").state_dict()
+        return torch.cat([weight.ravel() for weight in state.values()])
+
+    one, two = (weights(tmp_path / name) - weights(tokenizer_folder) for name in ("one", "two"))
+    # Adam's first step is the sign of the gradient, so a sum in another order may flip what is next to 0.
+    assert one.abs().max() == pytest.approx(3e-5, rel=0.01)
+    assert ((one - two).abs() > 1e-6).float().mean() < 0.002
 
 
 @pytest.mark.parametrize(

@@ -44,8 +44,7 @@ class RecastTrainer(GRPOTrainer):
     """GRPOTrainer that is fed the pair of each group, so `num_generations` is 2 and the search width is ours.
 
     Everything of TRL after the rollout (old and reference log-probs, loss, its divisor, batch sizes) then
-    counts kept rollouts. Rows need the columns of `rl_rows`. Single processes and DDP; a sharded model cannot
-    be sampled from here.
+    counts kept rollouts. Rows need the columns of `rl_rows`, and every process the whole model.
 
     Args:
         tokenizer_dir: Folder of `recast build-tokenizer`.
