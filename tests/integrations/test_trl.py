@@ -269,3 +269,18 @@ def test_options_that_would_not_see_pairs_are_refused(
 def test_an_evaluation_over_repaired_rollouts_is_refused(update: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="cannot evaluate"):
         update["trainer"].evaluate()
+
+
+def test_verl_builds_its_models_where_this_trl_is_installed(tokenizer_folder: Path) -> None:
+    # verl looks for TRL and imports a class of it. In a process of its own, since it patches transformers too.
+    program = f"""
+from recast_cli.models import load_model
+from pathlib import Path
+from verl.models.transformers.monkey_patch import apply_monkey_patch, is_trl_available
+assert is_trl_available()
+apply_monkey_patch(load_model(Path({str(tokenizer_folder / "model")!r}), 0, "cpu"), use_remove_padding=False)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
