@@ -272,7 +272,7 @@ def test_an_evaluation_over_repaired_rollouts_is_refused(update: dict[str, Any])
 
 
 def test_verl_builds_its_models_where_this_trl_is_installed(tokenizer_folder: Path) -> None:
-    # verl looks for TRL and imports a class of it. In a process of its own, since it patches transformers too.
+    # verl looks for TRL and imports a class of it. In its own process, since it patches transformers too.
     program = f"""
 from recast_cli.models import load_model
 from pathlib import Path
