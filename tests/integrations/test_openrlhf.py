@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,7 @@ EXAMPLES = Path(__file__).parents[2] / "docs" / "guides" / "examples"
 MODULES = {
     "agent": "utils.agent",
     "data": "datasets.prompts_dataset",
+    "engine": "trainer.ray.vllm_engine",
     "generator": "trainer.ppo_utils.samples_generator",
     "maker": "trainer.ppo_utils.experience_maker",
 }
@@ -47,7 +49,8 @@ UNUSED = {
     "deepspeed": (),
     "vllm": ("SamplingParams",),
     "openrlhf.trainer.ray.launcher": ("RayActorGroup",),
-    "openrlhf.trainer.ray.vllm_engine": ("batch_vllm_engine_call",),
+    "vllm.inputs": ("TokensPrompt",),
+    "vllm.utils": ("random_uuid",),
 }
 
 
@@ -114,6 +117,7 @@ class Engine:
         self.levels = [[vocabulary[f"<s_{level}_{code}>"] for code in range(8)] for level in "abc"]
         self.draw = torch.Generator().manual_seed(0)
         self.answers: list[list[int]] = []
+        self.executor: Any = None
 
     @torch.no_grad()
     async def generate(self, prompt_ids: list[int], params: Any, multi_modal_data: Any = None) -> Any:
@@ -137,15 +141,25 @@ def prompt_text(tokenizer: Any, *history: str) -> str:
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
 
-def run(executor: Any, calls: list[tuple[str, Any]], engine: Engine, tokenizer: Any) -> list[dict[str, Any]]:
-    """As `RolloutRayActor.generate_responses` does: every call of the prompts at once."""
+def run(
+    openrlhf: SimpleNamespace,
+    executor: Any,
+    rows: list[tuple[str, Any]],
+    engine: Engine,
+    tokenizer: Any,
+    num_samples: int = 2,
+) -> list[dict[str, Any]]:
+    """Records of all rows at once, by the method of OpenRLHF's actor that asks an executor for them."""
+    generate = openrlhf.engine.RolloutRayActor.__ray_metadata__.modified_class.generate_responses
+    engine.executor = executor
 
-    async def all_calls() -> list[dict[str, Any]]:
-        return await asyncio.gather(
-            *(executor.execute(prompt, label, PARAMS, 512, tokenizer, engine) for prompt, label in calls)
+    async def all_rows() -> list[dict[str, Any]]:
+        of_rows = await asyncio.gather(
+            *(generate(engine, prompt, label, PARAMS, 512, tokenizer, num_samples) for prompt, label in rows)
         )
+        return [record for records in of_rows for record in records]
 
-    return asyncio.run(all_calls())
+    return asyncio.run(all_rows())
 
 
 def load_reward(openrlhf: SimpleNamespace) -> Any:
@@ -232,7 +246,7 @@ def test_openrlhf_takes_what_the_file_returns(
 ) -> None:
     engine, prompt = Engine(tokenizer_folder, tokenizer), prompt_text(tokenizer, "<s_a_0><s_b_1><s_c_2>")
     everyone = [f"<s_a_{a}><s_b_{b}><s_c_{c}>" for a in range(4) for b in range(8) for c in range(8)]
-    responses = run(load_reward(openrlhf), [(prompt, everyone)] * 8, engine, tokenizer)
+    responses = run(openrlhf, load_reward(openrlhf), [(prompt, everyone)], engine, tokenizer, 8)
     expected = [float(answer[0] in engine.levels[0][:4]) for answer in engine.answers]
     assert set(expected) == {0.0, 1.0}
     made = experiences(openrlhf, responses)
@@ -247,17 +261,11 @@ def test_openrlhf_takes_what_the_file_returns(
 
 
 @pytest.fixture
-def agent(openrlhf: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The example as OpenRLHF loads `--train.agent_func_path FILE`, with groups of 8."""
-    spec = importlib.util.spec_from_file_location("agent_module", EXAMPLES / "openrlhf_recast.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "agent_module", module)
-    spec.loader.exec_module(module)
-    assert issubclass(module.AgentExecutor, openrlhf.agent.AgentExecutorBase)
-    monkeypatch.setattr(module, "WIDTH", 8)
-    return module
+def agent(openrlhf: SimpleNamespace) -> Any:
+    """The executor that OpenRLHF makes of `--train.agent_func_path FILE`, with groups of 8."""
+    executor = openrlhf.engine._load_agent_executor(str(EXAMPLES / "openrlhf_recast.py"))
+    executor.execute.__func__.__globals__["WIDTH"] = 8  # of this load alone
+    return executor
 
 
 def advantages(openrlhf: SimpleNamespace, made: list[Any]) -> list[list[float]]:
@@ -285,7 +293,7 @@ def test_the_pair_of_a_group_reaches_training_with_its_advantages(
     openrlhf: SimpleNamespace, agent: Any, tokenizer: Any, tokenizer_folder: Path
 ) -> None:
     engine, prompt = Engine(tokenizer_folder, tokenizer), prompt_text(tokenizer, "<s_a_0><s_b_1><s_c_2>")
-    responses = run(agent.AgentExecutor(), [(prompt, TARGET)] * 2, engine, tokenizer)
+    responses = run(openrlhf, agent, [(prompt, TARGET)], engine, tokenizer)
     assert len(engine.answers) == 8
     target = tokenizer(TARGET, add_special_tokens=False)["input_ids"]
     assert target not in engine.answers
@@ -308,20 +316,20 @@ def test_the_pair_of_a_group_reaches_training_with_its_advantages(
 def test_two_rows_of_equal_prompt_and_several_prompts_keep_their_pairs(
     openrlhf: SimpleNamespace, agent: Any, tokenizer: Any, tokenizer_folder: Path
 ) -> None:
-    engine, executor = Engine(tokenizer_folder, tokenizer), agent.AgentExecutor()
+    engine = Engine(tokenizer_folder, tokenizer)
     prompt, other = (
         prompt_text(tokenizer, "<s_a_0><s_b_1><s_c_2>"),
         prompt_text(tokenizer, "<s_a_5><s_b_1><s_c_2>"),
     )
     second = "<s_a_7><s_b_7><s_c_7>"
-    calls = [(prompt, TARGET)] * 2 + [(other, TARGET)] * 2 + [(prompt, TARGET)] * 2 + [(prompt, second)] * 2
-    responses = run(executor, calls, engine, tokenizer)
+    rows = [(prompt, TARGET), (other, TARGET), (prompt, TARGET), (prompt, second)]
+    responses = run(openrlhf, agent, rows, engine, tokenizer)
     assert len(engine.answers) == 4 * 8
-    assert executor.searches == {}
+    assert agent.searches == {}
     assert [response["reward"] for response in responses] == [1.0, -1.0] * 4
-    targets = [tokenizer(label, add_special_tokens=False)["input_ids"] for _, label in calls]
-    assert [r["observation_tokens"][-3:] for r in responses][::2] == targets[::2]
-    assert [(r["prompt"], r["label"]) for r in responses] == calls
+    targets = [tokenizer(label, add_special_tokens=False)["input_ids"] for _, label in rows]
+    assert [r["observation_tokens"][-3:] for r in responses][::2] == targets
+    assert [(r["prompt"], r["label"]) for r in responses][::2] == rows
 
 
 def test_a_group_that_hits_everywhere_teaches_nothing_and_is_filtered(
@@ -329,7 +337,7 @@ def test_a_group_that_hits_everywhere_teaches_nothing_and_is_filtered(
 ) -> None:
     engine, prompt = Engine(tokenizer_folder, tokenizer), prompt_text(tokenizer, "<s_a_0><s_b_1><s_c_2>")
     everyone = [spell(codes, enclose=False) for codes in np.ndindex(8, 8, 8)]
-    made = experiences(openrlhf, run(agent.AgentExecutor(), [(prompt, everyone)] * 2, engine, tokenizer))
+    made = experiences(openrlhf, run(openrlhf, agent, [(prompt, everyone)], engine, tokenizer))
     assert advantages(openrlhf, made) == [[0.0] * 3] * 2
     assert [one.scores.item() for one in made] == [1.0, 1.0]
 
@@ -345,7 +353,7 @@ def test_an_anchor_ends_as_the_rollout_ended_that_it_replaces(agent: Any, tokeni
     params = SimpleNamespace(max_tokens=4, logprobs=None)
 
     async def first() -> dict[str, Any]:
-        return await agent.AgentExecutor().execute("", TARGET, params, 512, tokenizer, Fixed())
+        return await agent.execute("", TARGET, params, 512, tokenizer, Fixed())
 
     target = tokenizer(TARGET, add_special_tokens=False)["input_ids"]
     assert asyncio.run(first())["observation_tokens"] == [*target, end]
@@ -362,8 +370,9 @@ def test_an_anchor_ends_as_the_rollout_ended_that_it_replaces(agent: Any, tokeni
         (["the", "<s_a_1>", "<s_b_2>", "<s_c_3>"], None),
     ],
 )
-def test_an_answer_is_one_semantic_id(agent: Any, tokens: list[str], codes: list[int] | None) -> None:
-    assert agent.read_answer(tokens, 3) == codes
+@pytest.mark.usefixtures("openrlhf")
+def test_an_answer_is_one_semantic_id(tokens: list[str], codes: list[int] | None) -> None:
+    assert importlib.import_module("openrlhf_recast").read_answer(tokens, 3) == codes
 
 
 @pytest.mark.parametrize(
@@ -377,19 +386,20 @@ def test_an_answer_is_one_semantic_id(agent: Any, tokens: list[str], codes: list
 def test_a_call_that_cannot_be_repaired_is_an_error(
     agent: Any, tokenizer: Any, params: Any, label: str, message: str
 ) -> None:
-    executor = agent.AgentExecutor()
     with pytest.raises(ValueError, match=message):
-        asyncio.run(executor.execute("", label, params, 512, tokenizer, None))
-    assert executor.searches == {}
+        asyncio.run(agent.execute("", label, params, 512, tokenizer, None))
+    assert agent.searches == {}
 
 
-def test_the_core_agrees(agent: Any, tokenizer: Any, tokenizer_folder: Path) -> None:
+def test_the_core_agrees(
+    openrlhf: SimpleNamespace, agent: Any, tokenizer: Any, tokenizer_folder: Path
+) -> None:
     engine, prompt = Engine(tokenizer_folder, tokenizer), prompt_text(tokenizer, "<s_a_3><s_b_1><s_c_2>")
-    responses = run(agent.AgentExecutor(), [(prompt, TARGET)] * 2, engine, tokenizer)
+    responses = run(openrlhf, agent, [(prompt, TARGET)], engine, tokenizer)
     codes = [
         [level.index(token) for level, token in zip(engine.levels, a, strict=True)] for a in engine.answers
     ]
-    index = agent.zlib.crc32(prompt.encode())
+    index = zlib.crc32(prompt.encode())
     expected = choose_pairs(
         np.array([codes]), np.ones((1, 8), dtype=bool), [[(1, 2, 3)]], np.array([index]), seed=0, step=1
     )

@@ -10,8 +10,7 @@ import asyncio
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from openrlhf.utils.agent import AgentExecutorBase
@@ -21,7 +20,6 @@ from recast_cli.core.spelling import find_all, read_code, spell
 
 WIDTH = 32  # G, rollouts searched for each prompt
 SEED = 0  # of ties and of the drawn target; what is sampled is vLLM's own
-
 
 Label = str | Sequence[str] | Mapping[str, Any]
 
@@ -47,8 +45,7 @@ def read_answer(tokens: Sequence[str], num_levels: int) -> list[int] | None:
     return [code for _, code in read[:num_levels]] if whole else None
 
 
-@dataclass(frozen=True)
-class Search:
+class Search(NamedTuple):  # not a dataclass: those look their module up, and OpenRLHF does not register it
     """A group's prompt and the answers of its pair as token ids, and what `choose_pairs` said."""
 
     prompt_ids: list[int]
