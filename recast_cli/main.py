@@ -33,6 +33,7 @@ COMMANDS = {
     "prepare_data": "Turn interaction logs into a dataset, split by time.",
     "build_tokenizer": "Give every item a semantic ID and a model its tokens.",
     "train": "Train a recommender: warm start, then RL under verl.",
+    "verl_args": "Print a recipe's overrides for a launch script of verl's.",
     "evaluate": "Rank the whole catalogue for every user and measure it.",
     "recommend": "Recommend the next items after a history.",
     "profile": "Measure what the actor costs, stock GRPO against ReCast.",

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from recast_cli.core.spelling import read_code, spell
+from recast_cli.core.spelling import LEVELS
+from recast_cli.vocabulary import code_ids
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,16 @@ class AnswerReader:
     """Finds semantic IDs of `num_levels` codes in token ids.
 
     Args:
-        tokenizer: Has one token for each code (`<s_a_0>`, `<s_a_1>`, ...).
+        tokenizer: Has one token for each code (`<s_a_0>`, `<s_a_1>`, ..., or `<a_0>`, `<a_1>`, ...).
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        vocabulary = tokenizer.get_vocab()
+        self.code_ids = code_ids(tokenizer)
         # One place more than there are tokens: every id beyond (a padded vocabulary) reads as no code.
-        self.level_V, self.code_V = np.full((2, max(vocabulary.values()) + 2), -1, dtype=np.int64)
-        for token, place in vocabulary.items():
-            self.level_V[place], self.code_V[place] = read_code(token)
+        self.level_V, self.code_V = np.full((2, max(tokenizer.get_vocab().values()) + 2), -1, dtype=np.int64)
+        for (level, code), place in self.code_ids.items():
+            self.level_V[place], self.code_V[place] = level, code
 
     def _places(self, ids: Sequence[int]) -> np.ndarray:
         return np.minimum(np.asarray(ids, dtype=np.int64), len(self.level_V) - 1)
@@ -64,14 +65,15 @@ class AnswerReader:
         Raises:
             ValueError: the vocabulary has no token for one of them.
         """
-        text = spell(codes, enclose=False)
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if self.code_V[self._places(ids)].tolist() != list(codes):
-            raise ValueError(
-                f"target {text} is {len(ids)} tokens, needed one for each code: add the code tokens <s_a_0>, "
-                "<s_a_1>, ... to the model's vocabulary"
-            )
-        return ids
+        for level, code in enumerate(codes):
+            if (level, code) not in self.code_ids:
+                letter = LEVELS[level]
+                raise ValueError(
+                    f"target {tuple(codes)}: the model's tokenizer has no token for its code {code} of level "
+                    f"{letter}, needed <s_{letter}_{code}> or <{letter}_{code}>: add the code tokens to its "
+                    "vocabulary"
+                )
+        return [self.code_ids[place] for place in enumerate(codes)]
 
     def find(self, response: Sequence[int], num_levels: int) -> int:
         """Where the last semantic ID of a response starts, -1 if it holds none.

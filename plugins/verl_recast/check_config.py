@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from verl_recast import ROLLOUT_NAME
+from verl_recast import ROLLOUT_NAME, VLLM_ROLLOUT_NAME
 from verl_recast.settings import ESTIMATOR, TRAINER_MODE, RecastSettings
 
 KEPT_PER_GROUP = 2
@@ -30,6 +30,7 @@ def check_config(config: Any) -> None:
     _check_batches(config, KEPT_PER_GROUP if settings.contrasts else worker.rollout.n)
     _require(not worker.actor.shuffle, "actor.shuffle", True, "False (mini-batches are laid out by prompt)")
     _check_loss(worker)
+    _check_catalogue(worker.rollout)
     _check_lora(worker, config.trainer.get("device"))
     if settings.tie_rule == "most-probable":
         needed = "True (algorithm.recast.tie_rule=most-probable compares sampling log-probs)"
@@ -113,10 +114,22 @@ def _check_batches(config: Any, width: int) -> None:
 def _check_loss(worker: Any) -> None:
     """A loss whose scale would depend on the micro-batch; an engine that this trainer was not made for."""
     _require(worker.actor.strategy != "megatron", "actor.strategy", "megatron", "fsdp or fsdp2")
-    ragged = worker.rollout.get("name") != ROLLOUT_NAME
+    ragged = worker.rollout.get("name") not in (ROLLOUT_NAME, VLLM_ROLLOUT_NAME)
     unset = worker.actor.loss_agg_mode == "seq-mean-token-sum-norm" and worker.actor.loss_scale_factor is None
     needed = "a number (data.max_response_length is usual): it divides by the width of the micro-batch else"
     _require(not (unset and ragged), "actor.loss_scale_factor", None, needed)
+
+
+def _check_catalogue(rollout: Any) -> None:
+    """The SID engine needs a catalogue; its prompts are completed by its own agent loop only."""
+    custom = rollout.get("custom") or {}
+    named = [name for name in ("tokenizer", "catalogue") if custom.get(name)]
+    if rollout.get("name") == ROLLOUT_NAME or len(named) > 1:
+        needed = "one of tokenizer (a folder of recast build-tokenizer) and catalogue (a file made elsewhere)"
+        _require(len(named) == 1, "rollout.custom", f"{dict(custom)}", needed)
+    manager, prefix = rollout.agent.get("agent_loop_manager_class"), custom.get("answer_prefix")
+    needed = f"verl_recast.rollout.agent_loop.GroupLoopManager (rollout.custom.answer_prefix is {prefix!r})"
+    _require(bool(manager) or not prefix, "rollout.agent.agent_loop_manager_class", manager, needed)
 
 
 def _check_lora(worker: Any, device: str | None) -> None:

@@ -29,7 +29,7 @@ from recast_cli.core.seeding import tie_keys
 from recast_cli.core.signal import group_statistics
 from verl_recast.anchors import anchor_fields, choose_targets, is_anchor
 from verl_recast.answers import AnswerReader
-from verl_recast.catalogue import Catalogue
+from verl_recast.catalogue import find_catalogue
 from verl_recast.check_config import KEPT_PER_GROUP, check_config
 from verl_recast.groups import Groups, gather_groups
 from verl_recast.layout import kept_rows, minibatch_order, share_without_hit
@@ -50,9 +50,13 @@ class PPOTrainerRecast(PPOTrainerSync):
             config.trainer.v1.trainer_mode = "sync"  # any other name takes verl's async buffer paths
         super().__init__(config)
         self.settings = RecastSettings.from_algorithm(config.algorithm)
-        tokenizer = (config.actor_rollout_ref.rollout.get("custom") or {}).get("tokenizer")
-        self.members = Catalogue.load(tokenizer).members if tokenizer else None
         self.no_signal = False
+
+    def _init_tokenizer(self) -> None:
+        """verl's, and the catalogue, before any worker starts: what is wrong with it is said at once."""
+        super()._init_tokenizer()
+        catalogue = find_catalogue(self.config.actor_rollout_ref.rollout.get("custom"), self.tokenizer)
+        self.members = None if catalogue is None else catalogue.members
 
     @cached_property
     def reader(self) -> AnswerReader:
@@ -258,7 +262,7 @@ def _signal_metrics(
     repaired_B = selection.anchor_B >= 0
     if repairs:
         statistics["unrepairable_groups"] = int((selection.all_zero_B & ~repaired_B).sum())
-    return {f"signal/{name}": value for name, value in statistics.items()} | {
+    return {f"signal/{name}": value for name, value in (statistics | groups.catalogue_mass).items()} | {
         "signal/repaired_groups": int(repaired_B.sum()),
         "signal/rollouts": len(batch),
         "signal/rollout_tokens": int(np.sum([tag["seq_len"] for tag in batch.tags])),

@@ -1,6 +1,6 @@
 """How a semantic ID is spelled in text, as OpenOneRec does: `<|sid_begin|><s_a_1><s_b_7><s_c_0><|sid_end|>`.
 
-One tag is one token; levels are a, b, c, ...
+One tag is one token; levels are a, b, c, ... MiniOneRec's spelling, `<a_1><b_7><c_0>`, is read, not written.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 SID_BEGIN = "<|sid_begin|>"
 SID_END = "<|sid_end|>"
 LEVELS = "abcdefghijklmnopqrstuvwxyz"
-_CODE = re.compile(r"<s_([a-z])_(0|[1-9]\d*)>")
+_CODE = re.compile(r"<(?:s_)?([a-z])_(0|[1-9]\d*)>")
 
 
 def code_token(level: int, code: int) -> str:
@@ -20,7 +20,7 @@ def code_token(level: int, code: int) -> str:
 
 
 def read_code(token: str) -> tuple[int, int]:
-    """Level and code of a code token, e.g. (1, 7) for `<s_b_7>`; (-1, -1) for any other token."""
+    """Level and code of a code token, e.g. (1, 7) for `<s_b_7>` or `<b_7>`; (-1, -1) for any other token."""
     match = _CODE.fullmatch(token)
     return (LEVELS.index(match[1]), int(match[2])) if match else (-1, -1)
 
@@ -40,10 +40,12 @@ def parse(text: str) -> tuple[int, ...]:
     inner = text
     if text.startswith(SID_BEGIN) and text.endswith(SID_END):
         inner = text[len(SID_BEGIN) : -len(SID_END)]
-    codes = tuple(int(code) for _, code in _CODE.findall(inner))
-    if not codes or spell(codes, enclose=False) != inner:
+    matches = list(_CODE.finditer(inner))
+    levels = [LEVELS.index(match[1]) for match in matches]
+    whole = "".join(match[0] for match in matches) == inner
+    if not matches or not whole or levels != list(range(len(levels))):
         raise ValueError(f"not a semantic ID: {text!r}")
-    return codes
+    return tuple(int(match[2]) for match in matches)
 
 
 def find_all(text: str) -> list[tuple[int, ...]]:

@@ -10,10 +10,10 @@ from pathlib import Path
 import polars as pl
 
 from recast_cli.artifacts import file_sha256
-from recast_cli.data.readers import read_bytes, read_table
 from recast_cli.data.source import RawTables, Source, hash_json
 from recast_cli.data.timestamps import parse_timestamps
 from recast_cli.errors import DataError, RecipeError
+from recast_cli.readers import read_bytes, read_table
 
 
 @dataclass(frozen=True)

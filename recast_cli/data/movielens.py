@@ -18,9 +18,9 @@ import polars as pl
 
 from recast_cli.artifacts import file_sha256
 from recast_cli.data.files import ColumnMap, interactions_frame
-from recast_cli.data.readers import READERS
 from recast_cli.data.source import RawTables, Source, hash_json
 from recast_cli.errors import DataError, EnvironmentFault
+from recast_cli.readers import READERS
 
 REQUIREMENT = "recbole==1.2.1"
 WHEEL = "recbole-1.2.1-py3-none-any.whl"

@@ -11,8 +11,8 @@ import polars as pl
 import pytest
 
 from recast_cli.data.files import ColumnMap, clean_ids, items_frame, parse_columns, source
-from recast_cli.data.readers import read_table
 from recast_cli.errors import DataError, RecipeError
+from recast_cli.readers import read_table
 
 
 def test_all_formats_give_the_same_tables(csv_files: tuple[Path, Path], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from foreign import text_tokenizer
 
 from recast_cli.core.spelling import find_all
 from recast_cli.tokenizer.model import bare_tokenizer
@@ -58,7 +59,9 @@ def test_an_anchor_keeps_what_stands_round_the_semantic_id(
 
 def test_a_target_whose_codes_are_no_tokens_is_refused(reader: AnswerReader) -> None:
     assert reader.target((0, 3, 1)) == ids(reader, "<s_a_0><s_b_3><s_c_1>")
-    with pytest.raises(ValueError, match=r"target <s_a_0><s_b_7><s_c_1> is \d+ tokens, needed one for each"):
+    with pytest.raises(
+        ValueError, match=r"target \(0, 7, 1\): .* no token for its code 7 of level b, needed <s_b_7>"
+    ):
         reader.target((0, 7, 1))  # levels have 4 codes
 
 
@@ -105,3 +108,12 @@ def test_who_can_lend_an_anchor_its_place(
     reader: AnswerReader, responses: list[str], lends: list[bool]
 ) -> None:
     assert reader.read([ids(reader, text) for text in responses], 3).lends_N.tolist() == lends
+
+
+def test_a_vocabulary_of_minionerecs_spelling_gets_anchors_of_its_own() -> None:
+    tokenizer = text_tokenizer(["<a_10>", "<a_2>", "<b_1>", "<b_3>", "<c_0>", "<c_7>"])
+    reader = AnswerReader(tokenizer)
+    response = ids(reader, "answer<a_2><b_3><c_7>EOS")
+    assert reader.read([response], 3).codes_NL.tolist() == [[2, 3, 7]]
+    anchor = reader.anchor(response, (10, 1, 0))
+    assert anchor == ids(reader, "answer<a_10><b_1><c_0>EOS") and len(anchor) == 5

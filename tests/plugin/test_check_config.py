@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,9 @@ GOOD = (
     "actor_rollout_ref.actor.ppo_mini_batch_size=4",
     "trainer.n_gpus_per_node=1",
 )
+
+ENGINE = "actor_rollout_ref.rollout.name=recast_sid"
+SID_ENGINE = (ENGINE, "+actor_rollout_ref.rollout.custom={tokenizer: some/folder}")
 
 
 def config(*overrides: str) -> DictConfig:
@@ -54,12 +58,33 @@ def test_accepts_every_arm_with_an_estimator_that_fits_it() -> None:
 
 
 def test_accepts_an_engine_that_merges_its_adapters_and_answers_of_one_length() -> None:
-    engine, lora = "actor_rollout_ref.rollout.name=recast_sid", "actor_rollout_ref.model.lora_rank=8"
-    check_config(config(engine, lora, "actor_rollout_ref.model.lora.merge=True"))
+    lora = "actor_rollout_ref.model.lora_rank=8"
+    check_config(config(*SID_ENGINE, lora, "actor_rollout_ref.model.lora.merge=True"))
     check_config(config(lora))
     norm = "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum-norm"
-    check_config(config(norm, engine))
+    check_config(config(norm, *SID_ENGINE))
     check_config(config(norm, "actor_rollout_ref.actor.loss_scale_factor=8"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ((ENGINE,), "rollout.custom is {}, needs one of tokenizer (a folder"),
+        (
+            (ENGINE, "+actor_rollout_ref.rollout.custom={tokenizer: a, catalogue: b}"),
+            "rollout.custom is {'tokenizer': 'a', 'catalogue': 'b'}, needs one of tokenizer",
+        ),
+        (
+            (ENGINE, "+actor_rollout_ref.rollout.custom={catalogue: b, answer_prefix: x}"),
+            "rollout.agent.agent_loop_manager_class is None, needs verl_recast.rollout.agent_loop.GroupLoop",
+        ),
+    ],
+)
+def test_a_catalogue_that_nobody_or_not_everybody_reads_is_refused(
+    overrides: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_config(config(*overrides))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +173,7 @@ def test_refuses_by_name_with_the_value_found_and_the_value_needed(override: str
             "actor.ppo_micro_batch_size_per_gpu is 3, needs a divisor of 16, the rows",
         ),
         (
-            ("actor_rollout_ref.rollout.name=recast_sid", "actor_rollout_ref.model.lora_rank=8"),
+            (*SID_ENGINE, "actor_rollout_ref.model.lora_rank=8"),
             "model.lora.merge is False, needs True (recast_sid takes whole weights, no adapters)",
         ),
     ],
@@ -179,7 +204,8 @@ runpy.run_module("verl.trainer.main_ppo", run_name="__main__")
             "adv_estimator=recast needs recast: no other trainer",
         ),
         (("algorithm.adv_estimator=grpo",), "Ray was started"),
-        ((*GOOD, "actor_rollout_ref.rollout.name=recast_sid"), "Ray was started"),
+        ((*GOOD, *SID_ENGINE), "Ray was started"),
+        ((*GOOD, ENGINE), "rollout.custom is {}, needs one of tokenizer"),
     ],
 )
 def test_main_ppo_refuses_before_ray_starts(

@@ -35,6 +35,8 @@ TARGET = "<s_a_1><s_b_7><s_c_0>"
         ("<s_a_1><s_a_2><s_b_3>", [(1,), (2, 3)]),
         ("<s_b_7><s_c_0>", []),  # starts elsewhere
         (f"<s_b_9>{TARGET}", [(1, 7, 0)]),
+        ("<a_1><b_7><c_0>", [(1, 7, 0)]),  # as MiniOneRec spells it
+        ("<a_1>, <a_2><b_3>\n", [(1,), (2, 3)]),
         ("<s_a_1><s_b_2><s_c_3><s_d_4>", [(1, 2, 3, 4)]),  # its length tells that it is no item of 3 levels
     ],
 )
@@ -50,12 +52,20 @@ def test_find_all(text: str, expected: list[tuple[int, ...]]) -> None:
         ("<s_a_1><s_b_7><s_c_5>", TARGET, 0, 0.1),
         ("<s_a_1><s_b_6><s_c_0>", TARGET, 0, 0.01),
         ("<s_a_0><s_b_7><s_c_0>", TARGET, 0, 0),
+        ("<a_1><b_7><c_5>\n", "<a_1><b_7><c_0>\n", 0, 0.1),
         # several targets: the best one counts
         ("<s_a_1><s_b_7><s_c_5>", ["<s_a_4><s_b_4><s_c_4>", TARGET], 0, 0.1),
         (TARGET, ["<s_a_4><s_b_4><s_c_4>", TARGET], 1, 1),
         # several predictions: any may hit; u is the mean over the distinct ones
         (f"{TARGET}<s_a_1><s_b_0><s_c_0>", TARGET, 1, (1 + 0.01) / 2),
         (f"{TARGET}{TARGET}<s_a_1><s_b_0><s_c_0>", TARGET, 1, (1 + 0.01) / 2),
+        # OpenOneRec: a thought before the answer, all targets in one text
+        (
+            "<think>\n\n</think>\n<|sid_begin|><s_a_4><s_b_4><s_c_5><|sid_end|>",
+            f"<|sid_begin|>{TARGET}<|sid_end|><|sid_begin|><s_a_4><s_b_4><s_c_4><|sid_end|>",
+            0,
+            0.1,
+        ),
     ],
 )
 def test_score_by_hand(response: str, ground_truth: str | list[str], score: float, structural: float) -> None:

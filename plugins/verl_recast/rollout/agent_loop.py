@@ -24,10 +24,17 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from recast_cli.core.scoring import score_rollouts
 from recast_cli.core.signal import group_statistics
+from recast_cli.core.spelling import SID_BEGIN
 from recast_cli.vocabulary import encode_prompts
-from verl_recast.catalogue import Catalogue
+from verl_recast.catalogue import Catalogue, require_catalogue
 from verl_recast.groups import require_own_index, response_fields
 from verl_recast.reward import require_targets
+from verl_recast.rollout.sampled import (
+    mean_catalogue_mass,
+    require_histories,
+    sampled_fields,
+    take_histories,
+)
 from verl_recast.settings import RecastSettings
 from verl_recast.validation import beam_info
 
@@ -40,15 +47,21 @@ DATASET_FIELDS = ("uid", "index", "data_source", "reward_model", "extra_info")
 class GroupLoopWorker(AgentLoopWorker):
     """Rolls out and scores the groups of a chunk of prompts.
 
-    `rollout.custom.tokenizer` names the tokenizer artifact. `rollout.custom.log` may name a file that gets
-    one JSON line per batch, whatever the trainer: the statistics of its full groups, and a hash of them.
+    `rollout.custom` is read here: `tokenizer` names the tokenizer artifact, or `catalogue` a catalogue made
+    elsewhere; `answer_prefix` is what such a model writes before the first code; `sampling` says how a group
+    is drawn (`group_sampling.SAMPLINGS`); with `exclude_history` no rollout answers an item of its row's
+    `extra_info.history`; `log` may name a file that gets one JSON line per batch, whatever the trainer: the
+    statistics of its full groups, and a hash of them. Validation draws no group: neither holds for it.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         tq.init()
         custom = self.rollout_config.custom or {}
-        self.catalogue, self.log = Catalogue.load(custom["tokenizer"]), custom.get("log")
+        self.catalogue, self.log = require_catalogue(custom, self.tokenizer), custom.get("log")
+        self.answer_prefix = str(custom.get("answer_prefix") or "")
+        self.sampling = custom.get("sampling", "iid")
+        self.exclude_history = bool(custom.get("exclude_history", False))
         self.seed = RecastSettings.from_algorithm(self.config.algorithm).seed
         self.background_tasks: set[asyncio.Task] = set()
 
@@ -77,23 +90,26 @@ class GroupLoopWorker(AgentLoopWorker):
         targets = [require_targets(row["reward_model"]["ground_truth"]) for row in rows]
         found = zip(rows, prompts, targets, strict=True)
         require_own_index([(int(row["index"]), (prompt, target)) for row, prompt, target in found])
+        take_histories(rows)
         out = await self._answers(rows, prompts, validate=validate)
-        hits_BG, scores_BG, valid_BG = score_groups(self.catalogue, targets, out["codes_BGL"])
+        codes_BGL = self.catalogue.spelled(out["codes_BGL"])
+        hits_BG, scores_BG, valid_BG = score_groups(self.catalogue, targets, codes_BGL)
         infos = _infos(hits_BG, scores_BG)
         if validate and self.rollout_config.val_kwargs.temperature == 0:
-            infos = _with_ranks(infos, targets, out["codes_BGL"], valid_BG)
+            infos = _with_ranks(infos, targets, codes_BGL, valid_BG)
         keys, fields, tags = self._records(rows, prompts, out, infos)
         await tq.async_kv_batch_put(
             keys=keys, fields=list_of_dict_to_tensordict(fields), tags=tags, partition_id=partition
         )
         if self.log:
-            present_BG = (out["codes_BGL"] >= 0).all(axis=-1)
+            present_BG = codes_BGL[:, :, 0] >= 0
             line = {
                 "step": int(rows[0]["global_steps"]),
                 "partition": partition,
                 "prompts": len(rows),
                 "rollouts": len(fields),
-                **group_statistics(hits_BG, scores_BG, out["codes_BGL"], valid_BG, present_BG),
+                **group_statistics(hits_BG, scores_BG, codes_BGL, valid_BG, present_BG),
+                **mean_catalogue_mass([record["extra_fields"] for record in fields]),
                 "sha256": _digest(fields),
             }
             with open(self.log, "a", encoding="utf-8") as log:
@@ -102,7 +118,7 @@ class GroupLoopWorker(AgentLoopWorker):
     async def _answers(
         self, rows: list[dict[str, Any]], prompts: list[list[int]], *, validate: bool
     ) -> dict[str, Any]:
-        """`codes_BGL`, `log_probs_BGL` and the weights' `global_steps`, from the rollout server."""
+        """What `SIDServer.generate_groups` returns, from a server of verl's choice."""
         config = self.rollout_config
         server_id, server = await self.llm_client._acquire_server(str(rows[0]["uid"]))
         try:
@@ -113,14 +129,23 @@ class GroupLoopWorker(AgentLoopWorker):
                 step=int(rows[0]["global_steps"]),
                 seed=self.seed,
                 temperature=float(config.val_kwargs.temperature if validate else config.temperature),
+                sampling="iid" if validate else self.sampling,
+                top_p=1.0 if validate else float(config.top_p),
+                history=require_histories(rows) if self.exclude_history and not validate else None,
             )
         finally:
             self.llm_client._release_server(server_id, str(rows[0]["uid"]))
 
     def _encode(self, conversations: list[list[dict[str, str]]]) -> list[list[int]]:
         """Prompt token ids; never silently truncated, since a cut prompt no longer starts with an item."""
-        prompts, allowed = encode_prompts(self.tokenizer, conversations), self.rollout_config.prompt_length
-        longest = max(map(len, prompts))
+        prompts = encode_prompts(
+            self.tokenizer,
+            conversations,
+            answer_prefix=self.answer_prefix,
+            template_options=self.config.data.get("apply_chat_template_kwargs"),
+        )
+        require_answer_next(self.tokenizer, prompts)
+        longest, allowed = max(map(len, prompts)), self.rollout_config.prompt_length
         if longest > allowed:
             raise ValueError(
                 f"prompt has {longest} tokens, actor_rollout_ref.rollout.prompt_length is {allowed}"
@@ -134,7 +159,7 @@ class GroupLoopWorker(AgentLoopWorker):
         out: dict[str, Any],
         infos: list[list[dict[str, float]]],
     ) -> tuple[list[str], list[dict[str, Any]], list[dict[str, Any]]]:
-        """TransferQueue keys, fields and tags of every rollout; a missing beam (-1) leaves no record."""
+        """TransferQueue keys, fields and tags of every rollout; a missing answer (-1) leaves no record."""
         codes_BGL, log_probs_BGL = out["codes_BGL"], out["log_probs_BGL"]
         tokens_BGL = torch.from_numpy(self.catalogue.token_ids(codes_BGL))
         keys, fields, tags = [], [], []
@@ -143,10 +168,29 @@ class GroupLoopWorker(AgentLoopWorker):
             record["session_id"] = g
             if self.rollout_config.calculate_log_probs:
                 record["rollout_log_probs"] = torch.from_numpy(log_probs_BGL[b, g]).float()
+            if "trie_log_probs_BGL" in out:  # a replay has none
+                trie_L = out["trie_log_probs_BGL"][b, g]
+                record["extra_fields"] |= sampled_fields(log_probs_BGL[b, g], trie_L)
             keys.append(f"{rows[b]['uid']}_{g}_0")
             fields.append(record)
             tags.append(_tag(record, int(rows[b]["global_steps"]), out["global_steps"]))
         return keys, fields, tags
+
+
+def require_answer_next(tokenizer: Any, prompts: list[list[int]]) -> None:
+    """Refuse prompts after which a model with a token `<|sid_begin|>` would not write a code.
+
+    Raises:
+        ValueError: a prompt that does not end with it, and what it ends with.
+    """
+    begin = tokenizer.get_vocab().get(SID_BEGIN)
+    for prompt in prompts:
+        if begin is not None and prompt[-1:] != [begin]:
+            raise ValueError(
+                f"a prompt ends with {tokenizer.decode(prompt[-8:])!r}, the engine answers with codes, which "
+                f"follow {SID_BEGIN}: set rollout.custom.answer_prefix to what the model writes before the "
+                f"first code, for example '{SID_BEGIN}'"
+            )
 
 
 def score_groups(
@@ -156,6 +200,7 @@ def score_groups(
 
     Args:
         targets: Codes of each prompt's targets.
+        codes_BGL: Spelled codes, as those of the targets are.
     """
     most = max(len(target) for target in targets)
     targets_BTL = np.full((len(targets), most, catalogue.num_levels), -1, dtype=np.int64)

@@ -31,10 +31,6 @@ class SIDReplica(RolloutReplica):
                 "rollout engine recast_sid runs one server per GPU, found a tensor x data x pipeline size of "
                 f"{self.world_size}: set actor_rollout_ref.rollout.tensor_model_parallel_size=1"
             )
-        if not (self.config.custom or {}).get("tokenizer"):
-            raise ValueError(
-                "set actor_rollout_ref.rollout.custom={tokenizer: DIR} (a folder of recast build-tokenizer)"
-            )
         node_id, accelerator = await self.workers[0].__ray_call__.remote(
             lambda worker: (
                 ray.get_runtime_context().get_node_id(),

@@ -90,6 +90,12 @@ def require_trie(config: Any) -> None:
         ValueError: naming the option, the value found and the value needed.
     """
     prefix, options = "actor_rollout_ref.rollout", (config.engine_kwargs or {}).get("vllm") or {}
+    if not config.custom.get("tokenizer"):
+        raise ValueError(
+            f"{prefix}.custom.catalogue is {config.custom.get('catalogue')}: the trie of vLLM needs "
+            f"{prefix}.custom.tokenizer (a folder of recast build-tokenizer), or answer with "
+            "rollout.name=recast_sid"
+        )
     processors, additional = options.get("logits_processors") or [], options.get("additional_config") or {}
     if PROCESSOR not in processors:
         raise ValueError(

@@ -20,20 +20,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import vllm
-from packaging.specifiers import SpecifierSet
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from recast_cli.artifacts import load_manifest
 from recast_cli.core.trie import Trie
 from recast_cli.vocabulary import Vocabulary
+from verl_recast.band import require_tested
 from verl_recast.rollout.trie_rows import TOKENIZER_KEY, TrieRows
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-# The ends of the band run in tests. vLLM calls the interface its own to change.
-TESTED_VLLM = SpecifierSet(">=0.24,<0.29")
 
 
 class TrieLogitsProcessor(LogitsProcessor):
@@ -45,7 +41,7 @@ class TrieLogitsProcessor(LogitsProcessor):
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
-        require_tested(vllm.__version__)
+        require_tested("vllm")  # the interface is vLLM's own to change, and could lift the constraint unseen
         folder = _tokenizer_folder(vllm_config.additional_config)
         load_manifest(folder, "tokenizer")
         vocabulary = Vocabulary.load(folder / "vocabulary.json")
@@ -81,19 +77,6 @@ class TrieLogitsProcessor(LogitsProcessor):
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Mask logits (R, V) in place."""
         return self.rows.mask_(logits)
-
-
-def require_tested(version: str) -> None:
-    """Refuse a vLLM outside the tested band: a changed interface could lift the constraint in silence.
-
-    Raises:
-        RuntimeError: naming the band and the version found.
-    """
-    if version not in TESTED_VLLM:
-        raise RuntimeError(
-            f"the trie logits processor is tested with vllm {TESTED_VLLM}, found {version}: "
-            "install a version inside, or answer with rollout.name=recast_sid"
-        )
 
 
 def _tokenizer_folder(additional_config: Any) -> Path:
