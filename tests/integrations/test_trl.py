@@ -101,7 +101,8 @@ def update(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     trainer = trl_recast.make_trainer(trl_recast.arguments(arguments(tokenizer_folder, out, *steps)))
     rows = trainer.train_dataset.select(range(PROMPTS)).to_list()
     everything = pl.read_parquet(tokenizer_folder / "semantic_ids.parquet")["sid"].to_list()
-    rows[2]["targets"] = everything  # every rollout hits: a group without a negative
+    # every rollout hits: a group without a negative; several semantic IDs in one text are several targets
+    rows[2]["targets"] = [everything[0], "".join(everything[1:])]
     trainer.args.max_grad_norm = 0.0
 
     start = trl_recast.load_model(tokenizer_folder / "model", trainer.vocabulary.vocab_size, "cpu")

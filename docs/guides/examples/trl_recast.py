@@ -24,7 +24,7 @@ from recast_cli.core.pairs import choose_pairs
 from recast_cli.core.sampling import sample
 from recast_cli.core.scoring import score_sets
 from recast_cli.core.seeding import uniforms
-from recast_cli.core.spelling import find_all, parse
+from recast_cli.core.spelling import find_all
 from recast_cli.core.trie import Trie
 from recast_cli.errors import RecastError, RecipeError
 from recast_cli.models import load_model, require_tokenizer
@@ -33,11 +33,15 @@ from recast_cli.vocabulary import Vocabulary, encode_prompts
 PAIR = 2  # rollouts of a group that the actor sees
 
 
+def sids_of(texts: Sequence[str]) -> list[tuple[int, ...]]:
+    """Codes of the semantic IDs in some texts, each of which may hold several."""
+    return [codes for text in texts for codes in find_all(text)]
+
+
 def kept_hit(completions: list[Any], targets: list[list[str]], **_: Any) -> list[float | None]:
     """Reward that TRL logs: 1 where a kept answer is a target. The advantages come from `choose_pairs`."""
     answers = [find_all(completion[-1]["content"]) for completion in completions]
-    wanted = [[parse(text) for text in texts] for texts in targets]
-    return [score_sets(found, sids)[0] for found, sids in zip(answers, wanted, strict=True)]
+    return [score_sets(found, sids_of(texts))[0] for found, texts in zip(answers, targets, strict=True)]
 
 
 class RecastTrainer(GRPOTrainer):
@@ -113,7 +117,7 @@ class RecastTrainer(GRPOTrainer):
             temperature=self.temperature,
             pad_token_id=self.vocabulary.pad,
         )
-        targets = [[parse(text) for text in row["targets"]] for row in rows]
+        targets = [sids_of(row["targets"]) for row in rows]
         valid_BG = samples.items_BG.numpy() >= 0
         self._pairs = choose_pairs(
             samples.codes_BGL.numpy(), valid_BG, targets, index_B, seed=at[0], step=at[1], **self.weights
