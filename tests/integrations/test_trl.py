@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from recast_cli.core.sampling import sample
 from recast_cli.core.seeding import tie_keys, uniforms
-from recast_cli.core.spelling import parse, spell
+from recast_cli.core.spelling import find_all, spell
 from recast_cli.errors import RecipeError
 from recast_cli.vocabulary import encode_prompts
 
@@ -118,7 +118,7 @@ def update(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         keys_G = tie_keys(0, 0, index_B, WIDTH)[b].tolist()
         group, pair = expected_pairs(
             [tuple(codes) for codes in codes_BGL[b].tolist()],
-            [parse(text) for text in row["targets"]],
+            find_all("".join(row["targets"])),
             keys_G,
         )
         answers = [[offsets[level] + code for level, code in enumerate(codes)] for codes in group]
