@@ -92,6 +92,7 @@ lint: setup ## ruff and mypy
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/mypy benchmarks
+	@$(BIN)/mypy docs/guides/examples
 
 format: setup ## put the code in shape
 	@$(BIN)/ruff check --fix .
