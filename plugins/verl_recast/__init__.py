@@ -6,6 +6,8 @@ Importing it only plants import hooks; each piece registers itself when verl imp
 - estimator `recast`            algorithm.adv_estimator=recast
 - trainer mode `recast`         trainer.v1.trainer_mode=recast
 - rollout engine `recast_sid`   actor_rollout_ref.rollout.name=recast_sid
+- rollout engine `recast_vllm`  actor_rollout_ref.rollout.name=recast_vllm
+- masked actor                  actor_rollout_ref.rollout.custom.masked_actor=true
 - platform `cpu`                environment variable VERL_PLATFORM=cpu
 - cost of each engine call      environment variable RECAST_MEASURE=FILE (`recast profile`)
 
@@ -19,10 +21,11 @@ import logging
 import os
 from typing import Any
 
-from verl_recast.band import problem, require_tested
+from verl_recast.band import HOST, problem, require_tested
 from verl_recast.import_hooks import after_import
 
 ROLLOUT_NAME = "recast_sid"
+VLLM_ROLLOUT_NAME = "recast_vllm"
 
 
 def _check_config_early() -> None:
@@ -36,7 +39,7 @@ def _check_config_early() -> None:
         stock(config, *args, **kwargs)
         mode = (config.trainer.get("v1") or {}).get("trainer_mode")
         if mode == "recast" or config.algorithm.get("adv_estimator") == "recast":
-            require_tested()
+            require_tested(*HOST)
             from verl_recast.check_config import check_config
 
             check_config(config)
@@ -57,19 +60,27 @@ def _register_trainer() -> None:
 def _register_replica() -> None:
     from verl.workers.rollout.replica import RolloutReplicaRegistry
 
-    def load() -> type:
+    def load_sid() -> type:
         from verl_recast.rollout.replica import SIDReplica
 
         return SIDReplica
 
-    RolloutReplicaRegistry.register(ROLLOUT_NAME, load)
+    def load_vllm() -> type:
+        from verl_recast.rollout.vllm_server import TrieVLLMReplica
+
+        return TrieVLLMReplica
+
+    RolloutReplicaRegistry.register(ROLLOUT_NAME, load_sid)
+    RolloutReplicaRegistry.register(VLLM_ROLLOUT_NAME, load_vllm)
 
 
 def _register_rollout() -> None:
     # verl has no public registry for the worker side of a rollout engine (0.9.1).
     from verl.workers.rollout import base
 
-    base._ROLLOUT_REGISTRY[(ROLLOUT_NAME, "async")] = "verl_recast.rollout.replica.SIDRolloutAdapter"
+    adapters = {ROLLOUT_NAME: "replica.SIDRolloutAdapter", VLLM_ROLLOUT_NAME: "vllm_server.TrieVLLMAdapter"}
+    for name, adapter in adapters.items():
+        base._ROLLOUT_REGISTRY[(name, "async")] = f"verl_recast.rollout.{adapter}"
 
 
 def _register_platform() -> None:
@@ -93,6 +104,14 @@ def _register_engine() -> None:
     from verl_recast.platform import engine  # noqa: F401  (its class decorator registers it)
 
 
+def _mask_actors() -> None:
+    from verl.workers.engine_workers import ActorRolloutRefWorker
+
+    from verl_recast import masked_actor
+
+    masked_actor.mask_workers(ActorRolloutRefWorker)
+
+
 def _measure_engine() -> None:
     from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
 
@@ -112,5 +131,6 @@ after_import("verl.trainer.ppo.core_algos", _register_estimator)
 after_import("verl.trainer.ppo.v1.trainer_sync", _register_trainer)
 after_import("verl.workers.rollout.replica", _register_replica)
 after_import("verl.workers.rollout.base", _register_rollout)
+after_import("verl.workers.engine_workers", _mask_actors)
 if os.environ.get("RECAST_MEASURE"):
     after_import("verl.workers.engine.fsdp.transformer_impl", _measure_engine)

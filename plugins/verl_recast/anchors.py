@@ -15,6 +15,7 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from recast_cli.core.seeding import hash64
 from verl_recast.answers import AnswerReader
 from verl_recast.groups import plain, response_fields
+from verl_recast.rollout.sampled import SAMPLED_FIELDS
 
 PRODUCER = "anchor"
 
@@ -59,7 +60,8 @@ def anchor_fields(
     for (prompt, old, extra_fields), target, row in zip(replaced, targets, rows, strict=True):
         response = torch.tensor(reader.anchor(old.tolist(), target), dtype=torch.int64)
         info = {"hit": 1.0, "structural_score": 1.0}
-        extra_fields = {**extra_fields, "reward_extra_info": info, "producer": PRODUCER}
+        kept = {name: value for name, value in extra_fields.items() if name not in SAMPLED_FIELDS}
+        extra_fields = {**kept, "reward_extra_info": info, "producer": PRODUCER}
         records.append({**response_fields(prompt, response, 1.0), "extra_fields": extra_fields})
         lengths = {"response_len": len(response), "seq_len": len(prompt) + len(response)}
         tags.append({**batch.tags[row], **lengths, "producer": PRODUCER})

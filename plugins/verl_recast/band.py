@@ -12,8 +12,9 @@ import sys
 
 from packaging.specifiers import SpecifierSet
 
-# Also in pyproject.toml, where a resolver reads them (a test compares).
-TESTED = {"verl": ">=0.9.1,<0.10", "TransferQueue": ">=0.1.10,<0.2"}
+# Also in pyproject.toml, where a resolver reads them (a test compares). Of vLLM both ends run in tests.
+TESTED = {"verl": ">=0.9.1,<0.10", "TransferQueue": ">=0.1.10,<0.2", "vllm": ">=0.24,<0.29"}
+HOST = ("verl", "TransferQueue")
 OVERRIDE = "RECAST_UNTESTED_HOST"
 
 
@@ -41,13 +42,13 @@ def problem(name: str) -> str | None:
     )
 
 
-def require_tested() -> None:
-    """Refuse a host outside the band.
+def require_tested(*names: str) -> None:
+    """Refuse a version outside the band, of any of `names`.
 
     Raises:
         RuntimeError: with the band, the version found and the variable that overrides.
     """
-    for name in TESTED:
+    for name in names:
         found = problem(name)
         if found is not None:
             raise RuntimeError(found)

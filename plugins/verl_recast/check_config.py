@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from verl_recast import ROLLOUT_NAME
+from verl_recast import ROLLOUT_NAME, VLLM_ROLLOUT_NAME, masked_actor
 from verl_recast.settings import ESTIMATOR, TRAINER_MODE, RecastSettings
 
 KEPT_PER_GROUP = 2
@@ -32,6 +32,8 @@ def check_config(config: Any) -> None:
     _check_loss(worker)
     _check_catalogue(worker.rollout)
     _check_lora(worker, config.trainer.get("device"))
+    if masked_actor.wanted(worker):
+        masked_actor.require_maskable(worker)
     if settings.tie_rule == "most-probable":
         needed = "True (algorithm.recast.tie_rule=most-probable compares sampling log-probs)"
         found = worker.rollout.calculate_log_probs
@@ -114,7 +116,7 @@ def _check_batches(config: Any, width: int) -> None:
 def _check_loss(worker: Any) -> None:
     """A loss whose scale would depend on the micro-batch; an engine that this trainer was not made for."""
     _require(worker.actor.strategy != "megatron", "actor.strategy", "megatron", "fsdp or fsdp2")
-    ragged = worker.rollout.get("name") != ROLLOUT_NAME
+    ragged = worker.rollout.get("name") not in (ROLLOUT_NAME, VLLM_ROLLOUT_NAME)
     unset = worker.actor.loss_agg_mode == "seq-mean-token-sum-norm" and worker.actor.loss_scale_factor is None
     needed = "a number (data.max_response_length is usual): it divides by the width of the micro-batch else"
     _require(not (unset and ragged), "actor.loss_scale_factor", None, needed)

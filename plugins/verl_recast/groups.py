@@ -13,6 +13,7 @@ from transfer_queue import KVBatchMeta
 
 from verl_recast.answers import AnswerReader
 from verl_recast.reward import require_targets
+from verl_recast.rollout.sampled import mean_catalogue_mass
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Groups:
         tokens_BG: Response tokens that a loss counts, 0 where a rollout is missing.
         log_probs_BG: Sampling log-prob of each rollout's semantic ID, NaN where there is none; None if
             nobody asked.
+        catalogue_mass: `catalogue_mass` of the rollouts, mean; empty if the sampler did not say.
         targets: Per prompt, the codes of its target, or of each of them.
     """
 
@@ -40,6 +42,7 @@ class Groups:
     codes_BGL: np.ndarray
     tokens_BG: np.ndarray
     log_probs_BG: np.ndarray | None
+    catalogue_mass: dict[str, float]
     targets: list[list[tuple[int, ...]]]
 
 
@@ -80,7 +83,8 @@ def gather_groups(
     responses = [response.tolist() for response in data["responses"].unbind()]
     tokens_N = np.array([int(mask.sum()) for mask in data["response_mask"].unbind()])
     rewards_N = np.array([float(scores.sum()) for scores in data["rm_scores"].unbind()])
-    infos = [fields.get("reward_extra_info", {}) for fields in plain(data["extra_fields"])]
+    extra_fields = plain(data["extra_fields"])
+    infos = [fields.get("reward_extra_info", {}) for fields in extra_fields]
     index_N = np.array([int(index) for index in plain(data["index"])])
     grouped = _group_rows(batch.keys, index_N)
     targets = [require_targets(entry["ground_truth"]) for entry in plain(data["reward_model"])]
@@ -111,6 +115,7 @@ def gather_groups(
         codes_BGL=np.where(present_BG[:, :, None], answers.codes_NL[rows_BG], -1),
         tokens_BG=spread(tokens_N),
         log_probs_BG=None if sampled is None else spread(answers.sum_over_codes(sampled), np.nan),
+        catalogue_mass=mean_catalogue_mass(extra_fields),
         targets=[targets[rows[0]] for rows in grouped],
     )
 

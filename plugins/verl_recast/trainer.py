@@ -262,7 +262,7 @@ def _signal_metrics(
     repaired_B = selection.anchor_B >= 0
     if repairs:
         statistics["unrepairable_groups"] = int((selection.all_zero_B & ~repaired_B).sum())
-    return {f"signal/{name}": value for name, value in statistics.items()} | {
+    return {f"signal/{name}": value for name, value in (statistics | groups.catalogue_mass).items()} | {
         "signal/repaired_groups": int(repaired_B.sum()),
         "signal/rollouts": len(batch),
         "signal/rollout_tokens": int(np.sum([tag["seq_len"] for tag in batch.tags])),

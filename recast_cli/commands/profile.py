@@ -76,6 +76,7 @@ def profile(
     require_start(start, inputs.tokenizer)
     placement.require_cores(settings)
     placement.require_gpu(settings)
+    placement.require_engine(settings)
     device, threads = placement.resolve_device(settings), placement.num_threads(settings)
     rows = draw_rows(inputs.tokenizer / "verl" / "rl.parquet", settings.rl.prompts_per_step, settings.seed)
     peak_flops = matmul_peak(device, threads) * settings.num_gpus

@@ -75,6 +75,7 @@ def train(
         _show(settings, inputs, jobs, json_output=json_output)
         return
     placement.require_gpu(settings)
+    placement.require_engine(settings)
     run_directory.require_room(settings)  # before a warm start of minutes, as the next
     if not overwrite and not is_warm_start:
         run_directory.find(settings, inputs, None, resume=resume)

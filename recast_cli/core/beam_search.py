@@ -113,7 +113,7 @@ def beam_searches(
     args = (model, trie, level_offsets, prompts, pad_token_id, exclusions, token_budget)
     with decoding_mode(model):
         for rows_B, walk, guides in guided_walks(*args, num_answers=width * len(exclusions)):
-            for beams, (codes, items, scores) in zip(found, _search(walk, guides, width), strict=True):
+            for beams, (codes, items, scores) in zip(found, search(walk, guides, width), strict=True):
                 beams.codes_BWL[rows_B, :width] = codes.cpu()
                 beams.items_BW[rows_B, :width] = items.cpu()
                 beams.scores_BW[rows_B, :width] = scores.cpu()
@@ -170,7 +170,7 @@ class _Front:
         return codes_BWL, items_BS.gather(1, order_BS), self.scores_BS.gather(1, order_BS)
 
 
-def _search(
+def search(
     walk: TreeWalk, guides: Sequence[Guide], width: int
 ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Codes (B, W, L), items (B, W) and scores (B, W) under each guide; shared beams are fed once."""

@@ -22,20 +22,33 @@ from recast_cli.core.walk import TOKEN_BUDGET, Guide, TreeWalk, decoding_mode, g
 
 
 @dataclass(frozen=True)
-class Samples:
-    """Rollouts of each prompt, on the CPU.
+class Rollouts:
+    """Answers to each prompt, on the CPU; a missing one (where a group asks for distinct items and too few
+    are open) has -1 and NaN.
 
     Attributes:
-        codes_BGL: int64, the codes drawn.
-        items_BG: int64 item rows; -1 for codes that are no item, which only a broken mask can let through.
+        codes_BGL: int64 codes.
+        items_BG: int64 item rows; -1 also for codes that are no item, which only a broken mask lets through.
         log_probs_BGL: float32 full-vocabulary log-softmax at the temperature (what an actor computes).
-        trie_log_probs_BGL: float32, the same renormalised over the allowed codes (what was drawn from).
+        trie_log_probs_BGL: float32, the same renormalised over the allowed codes (what a masked one does).
     """
 
     codes_BGL: torch.Tensor
     items_BG: torch.Tensor
     log_probs_BGL: torch.Tensor
     trie_log_probs_BGL: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Samples(Rollouts):
+    """Independent rollouts.
+
+    Attributes:
+        drawn_log_probs_BGL: float32, of the distribution that was drawn from: the trie's, renormalised over
+            the nucleus where `top_p` is below 1.
+    """
+
+    drawn_log_probs_BGL: torch.Tensor
 
 
 def sample(
@@ -46,6 +59,7 @@ def sample(
     uniforms_BGL: np.ndarray | torch.Tensor,
     *,
     temperature: float = 1.0,
+    top_p: float = 1.0,
     pad_token_id: int,
     exclusion: Exclusion | None = None,
     token_budget: int = TOKEN_BUDGET,
@@ -59,6 +73,7 @@ def sample(
         prompts: B lists of token ids; the next token is the first code.
         uniforms_BGL: float64 in [0, 1).
         temperature: Divides the logits; positive.
+        top_p: Each code is drawn from the nucleus of the allowed ones, see `nucleus`; 1 leaves all in.
         pad_token_id: Any token id; fills the left of shorter prompts.
         exclusion: Items closed to single prompts; request i is prompt i.
         token_budget: Most tokens (padded prompts plus answers) read at once; one prompt is the least.
@@ -68,25 +83,40 @@ def sample(
     """
     uniforms_BGL = _checked_uniforms(uniforms_BGL, len(prompts), trie.num_levels)
     shape = uniforms_BGL.shape
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be positive and finite, found {temperature}")
+    require_temperature(temperature)
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must lie in (0, 1], found {top_p}")
     samples = Samples(
         codes_BGL=torch.full(shape, -1, dtype=torch.int64),
         items_BG=torch.full(shape[:2], -1, dtype=torch.int64),
         log_probs_BGL=torch.zeros(shape),
         trie_log_probs_BGL=torch.zeros(shape),
+        drawn_log_probs_BGL=torch.zeros(shape),
     )
     if not shape[1]:
         return samples
     args = (model, trie, level_offsets, prompts, pad_token_id, [exclusion], token_budget)
     with decoding_mode(model):
         for rows_B, walk, (guide,) in guided_walks(*args, num_answers=shape[1]):
-            codes, items, full, renormalised = _sample(walk, guide, uniforms_BGL[rows_B], temperature)
+            codes, items, full, renormalised, drawn = _sample(
+                walk, guide, uniforms_BGL[rows_B], temperature, top_p
+            )
             samples.codes_BGL[rows_B] = codes.cpu()
             samples.items_BG[rows_B] = items.cpu()
             samples.log_probs_BGL[rows_B] = full.cpu()
             samples.trie_log_probs_BGL[rows_B] = renormalised.cpu()
+            samples.drawn_log_probs_BGL[rows_B] = drawn.cpu()
     return samples
+
+
+def require_temperature(temperature: float) -> None:
+    """Refuse what no distribution has.
+
+    Raises:
+        ValueError: not positive and finite.
+    """
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be positive and finite, found {temperature}")
 
 
 def _checked_uniforms(
@@ -102,21 +132,23 @@ def _checked_uniforms(
 
 
 def _sample(
-    walk: TreeWalk, guide: Guide, uniforms_BGL: torch.Tensor, temperature: float
+    walk: TreeWalk, guide: Guide, uniforms_BGL: torch.Tensor, temperature: float, top_p: float
 ) -> tuple[torch.Tensor, ...]:
-    """Codes (B, G, L), items (B, G), full-vocabulary and trie log-probabilities (B, G, L)."""
+    """Codes (B, G, L), items (B, G), full-vocabulary, trie and drawn log-probabilities (B, G, L)."""
     num_levels, uniforms_BGL = guide.trie.num_levels, uniforms_BGL.to(walk.device)
     batch_B1 = torch.arange(len(uniforms_BGL), device=walk.device)[:, None]
     nodes_BG = slots_BG = torch.zeros(uniforms_BGL.shape[:2], dtype=torch.int64, device=walk.device)
     nodes_BS = nodes_BG[:, :1]
-    codes, log_probs, trie_log_probs = [], [], []
+    codes, log_probs, trie_log_probs, drawn_log_probs = [], [], [], []
     for level in range(num_levels):
         full_BSK = guide.log_probs(level, walk.logits_BSV, temperature)
         trie_BSK = full_BSK.masked_fill(guide.forbidden(level, nodes_BS), -torch.inf).log_softmax(dim=-1)
-        codes_BG = _draw(trie_BSK, slots_BG, uniforms_BGL[..., level])
+        drawn_BSK = nucleus(trie_BSK, top_p)
+        codes_BG = _draw(drawn_BSK, slots_BG, uniforms_BGL[..., level])
         codes.append(codes_BG)
         log_probs.append(full_BSK[batch_B1, slots_BG, codes_BG])
         trie_log_probs.append(trie_BSK[batch_B1, slots_BG, codes_BG])
+        drawn_log_probs.append(drawn_BSK[batch_B1, slots_BG, codes_BG])
         nodes_BG = guide.trie.find(level, nodes_BG, codes_BG)
         if level + 1 < num_levels:
             members_BS, slots_BG = grow_distinct(walk, guide, level, slots_BG, codes_BG)
@@ -126,7 +158,22 @@ def _sample(
         guide.trie.items(nodes_BG),
         torch.stack(log_probs, dim=-1),
         torch.stack(trie_log_probs, dim=-1),
+        torch.stack(drawn_log_probs, dim=-1),
     )
+
+
+def nucleus(log_probs_BSK: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Log-probs renormalised over the smallest set of codes whose mass reaches `top_p`, -inf outside it.
+
+    Holtzman et al., arXiv 1904.09751. The most probable code is always in; equal codes join in code order.
+    """
+    if top_p >= 1:
+        return log_probs_BSK
+    sorted_BSK, order_BSK = log_probs_BSK.sort(dim=-1, descending=True, stable=True)
+    probs_BSK = sorted_BSK.double().exp()
+    outside_BSK = probs_BSK.cumsum(dim=-1) - probs_BSK >= top_p
+    outside_BSK = torch.empty_like(outside_BSK).scatter_(-1, order_BSK, outside_BSK)
+    return log_probs_BSK.masked_fill(outside_BSK, -torch.inf).log_softmax(dim=-1)
 
 
 def _draw(log_probs_BSK: torch.Tensor, slots_BG: torch.Tensor, uniforms_BG: torch.Tensor) -> torch.Tensor:

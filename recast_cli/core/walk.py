@@ -4,7 +4,8 @@ A walk over a tree: the prompts of a micro-batch are read once; then, level by l
 prompt are fed as tokens of the prompt's own row, all at one position, under a mask that lets each see the
 prompt and its own ancestors only. The prompt's keys and values are never copied per answer.
 
-Works with any Hugging Face style causal LM that has full attention and takes a mask per token (sdpa, eager).
+Works with any Hugging Face style causal LM that has full attention, and takes positions and a mask per token
+(sdpa, eager); walkable.py refuses the others.
 
 Shapes: B prompts, P prompt tokens (left-padded), S slots (partial answers of one prompt), A answer tokens in
 the cache, L levels, K codes of a level, V vocabulary.
@@ -21,6 +22,7 @@ import torch
 
 from recast_cli.core.exclusion import Exclusion
 from recast_cli.core.trie import Trie
+from recast_cli.core.walkable import attention_of, require_walkable, require_whole_cache
 
 TOKEN_BUDGET = 16384  # of a micro-batch: padded prompts plus answers
 
@@ -55,13 +57,7 @@ class TreeWalk:
             logits_to_keep=1,
         )
         self.logits_BSV, self.cache = output.logits[:, -1:], output.past_key_values
-        if self.cache is None:
-            raise ValueError("the model returned no key-value cache")
-        # A windowed cache drops prompt tokens, and a mask of ours replaces the model's window.
-        if any(getattr(self.cache, "is_sliding", ())):
-            raise ValueError(
-                "the model has sliding-window attention; constrained decoding needs full attention"
-            )
+        require_whole_cache(self.cache)
         self._read = self.logits_BSV, self.ancestors_BSA, self.next_position_B1
 
     def rewind(self) -> None:
@@ -79,7 +75,7 @@ class TreeWalk:
         visible = torch.cat([prompt, self.ancestors_BSA], dim=2)[:, None]
         output = self.model(
             input_ids=tokens_BS,
-            attention_mask=visible if _attention(self.model) == "sdpa" else self._added(visible),
+            attention_mask=visible if attention_of(self.model) == "sdpa" else self._added(visible),
             position_ids=self.next_position_B1.expand(-1, num_slots),
             past_key_values=self.cache,
             use_cache=True,
@@ -163,12 +159,9 @@ def decoding_mode(model: Any) -> Iterator[None]:
     """Eval mode without gradients; every module's own mode is restored.
 
     Raises:
-        ValueError: the model's attention takes no mask per token.
+        ValueError: a model that no tree can be walked in, see walkable.py.
     """
-    if _attention(model) not in ("sdpa", "eager"):
-        raise ValueError(
-            f"attention {_attention(model)!r} takes no mask per token; load the model with 'sdpa'"
-        )
+    require_walkable(model)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -201,11 +194,6 @@ def micro_batches(
             batches.append([])
         batches[-1].append(row)
     return [torch.tensor(batch) for batch in batches]
-
-
-def _attention(model: Any) -> str:
-    """Name of the attention, `eager` where a model does not say."""
-    return getattr(getattr(model, "config", None), "_attn_implementation", None) or "eager"
 
 
 def grow_distinct(

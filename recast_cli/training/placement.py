@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-from recast_cli.errors import RecipeError
+from recast_cli.errors import EnvironmentFault, RecipeError
 from recast_cli.host import cpu_count, require_threads
 from recast_cli.recipe import Recipe
 
@@ -67,6 +67,19 @@ def require_gpu(recipe: Recipe) -> None:
         )
 
 
+def require_engine(recipe: Recipe) -> None:
+    """Refuse rollouts from an engine that is not installed.
+
+    Raises:
+        EnvironmentFault: naming how to get it.
+    """
+    if recipe.rollout == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise EnvironmentFault(
+            "rollout is vllm, which is not installed here",
+            "pip install 'verl-recast[vllm]' with a GPU, `make setup-vllm` without one, or set rollout=sid",
+        )
+
+
 def environment(recipe: Recipe, metrics: Path) -> dict[str, str]:
     """Variables that verl's processes need on top of the caller's."""
     variables = {
@@ -91,4 +104,6 @@ def environment(recipe: Recipe, metrics: Path) -> dict[str, str]:
             "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
             "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
         }
+        if recipe.rollout == "vllm":  # GiB; unset, vLLM takes half the memory of the machine
+            variables["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")
     return variables

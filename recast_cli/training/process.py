@@ -197,7 +197,7 @@ def run_verl(
 # What verl says when it does not know a piece of the plugin. Why it was not loaded, verl keeps to itself.
 _UNREGISTERED = (
     "Unknown trainer 'recast'",
-    "Unknown rollout mode: recast_sid",
+    "Unknown rollout mode: recast_",
     "Unknown platform 'cpu'",
     "Unknown advantage estimator",
 )

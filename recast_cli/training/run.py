@@ -17,6 +17,7 @@ from recast_cli.outputs import atomic_text
 from recast_cli.provenance import git_state, versions
 from recast_cli.recipe import CONTRASTING, Recipe, dump_recipe
 from recast_cli.training import placement, run_directory, verl_args
+from recast_cli.training.histories import add_histories
 from recast_cli.training.inputs import Inputs
 from recast_cli.training.process import OnStep, hf_checkpoints, read_metrics, require_space, run_verl
 from recast_cli.training.resume import RESUMED_METRICS, join_metrics, rewind
@@ -187,7 +188,11 @@ def _run_job(
     out, is_sft = Path(recipe.out), recipe.method.name == "sft-continued"
     num_rows = recipe.rl.steps * recipe.rl.prompts_per_step
     rows = draw_rows(inputs.tokenizer / "verl" / "rl.parquet", num_rows, recipe.seed)
-    pq.write_table(continued_sft_rows(rows) if is_sft else rows, out / "rows.parquet")
+    if is_sft:
+        rows = continued_sft_rows(rows)
+    elif recipe.rl.exclude_history:
+        rows = add_histories(rows, inputs.data)
+    pq.write_table(rows, out / "rows.parquet")
     module, arguments = job(recipe, inputs, model, out, first)
     metrics = (out / (RESUMED_METRICS if first else "metrics.jsonl")).resolve()
     run_verl(

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from recast_cli.artifacts import load_manifest, weights_sha256
 from recast_cli.errors import ArtifactError, EnvironmentFault
 from recast_cli.recipe import Recipe
@@ -92,7 +94,7 @@ def _require_same(
     model: Path | None,
 ) -> None:
     """Refuse a run in `out` of another recipe, parents or start model."""
-    if facts["recipe"] != recipe.model_dump() or parents != inputs.parents:
+    if not _is_recipe(facts["recipe"], recipe) or parents != inputs.parents:
         raise ArtifactError(
             f"{out} holds a run of another recipe or data", "pass --overwrite or choose another out="
         )
@@ -101,6 +103,14 @@ def _require_same(
             f"{out} holds a run that started from another model than {model}",
             "pass --overwrite or choose another out=",
         )
+
+
+def _is_recipe(found: dict[str, Any], recipe: Recipe) -> bool:
+    """Whether a run's recipe is this one; keys that it does not know yet had their defaults."""
+    try:
+        return Recipe.model_validate(found) == recipe
+    except ValidationError:
+        return False
 
 
 # What a run writes into its directory; the marker of a run comes last.

@@ -225,28 +225,42 @@ def _actor_options(recipe: Recipe, model: Path, num_levels: int) -> dict[str, An
 
 
 def _rollout_options(recipe: Recipe, prompt_length: int, num_levels: int, log: Path | None) -> dict[str, Any]:
-    """The SID rollout engine and the agent loop that asks it."""
-    rollout = "actor_rollout_ref.rollout"
-    custom = {"tokenizer": quoted(Path(recipe.tokenizer).resolve())}
+    """The rollout engine and the agent loop that asks it."""
+    rollout, device = "actor_rollout_ref.rollout", resolve_device(recipe)
+    custom: dict[str, Any] = {"tokenizer": quoted(Path(recipe.tokenizer).resolve())}
     if log is not None:
         custom["log"] = quoted(log)
-    return {
-        f"{rollout}.name": "recast_sid",
+    # Only what differs from the engine's defaults: the command stays short.
+    for name, default in (("sampling", "iid"), ("exclude_history", False), ("masked_actor", False)):
+        if (chosen := getattr(recipe.rl, name)) != default:
+            custom[name] = chosen
+    options = {
+        f"{rollout}.name": f"recast_{recipe.rollout}",
         f"+{rollout}.custom": custom,
         f"+{rollout}.agent.agent_loop_manager_class": LOOP_MANAGER,
         f"{rollout}.agent.num_workers": 1,
         f"{rollout}.n": recipe.rl.group_size,
         f"{rollout}.temperature": recipe.rl.temperature,
+        f"{rollout}.top_p": recipe.rl.top_p,
         f"{rollout}.prompt_length": prompt_length,
         f"{rollout}.response_length": num_levels,
         f"{rollout}.tensor_model_parallel_size": 1,
         f"{rollout}.log_prob_use_dynamic_bsz": True,
-        f"{rollout}.free_cache_engine": False,
-        f"{rollout}.dtype": "float32" if resolve_device(recipe) == "cpu" else "bfloat16",
+        f"{rollout}.dtype": "float32" if device == "cpu" else "bfloat16",
         f"{rollout}.seed": recipe.seed,
         f"{rollout}.val_kwargs.n": recipe.rl.validate_beams,
         f"{rollout}.val_kwargs.temperature": 0,
     }
+    if recipe.rollout == "vllm":
+        options |= {
+            f"{rollout}.logprobs_mode": "raw_logprobs",
+            f"{rollout}.calculate_log_probs": recipe.vllm_log_probs,
+        }
+    if recipe.rollout == "vllm" and device == "cpu":
+        options[f"{rollout}.enforce_eager"] = True
+    if recipe.rollout == "sid" or device == "cpu":
+        options[f"{rollout}.free_cache_engine"] = False
+    return options
 
 
 def _trainer_options(recipe: Recipe, out: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from tiny_models import (
 )
 
 from recast_cli.core.beam_search import beam_search
-from recast_cli.core.sampling import _draw, sample
+from recast_cli.core.sampling import _draw, nucleus, sample
 from recast_cli.core.trie import Trie
 
 
@@ -70,6 +70,82 @@ def test_sampled_frequencies_match_exact_item_probabilities(model, trie: Trie, c
     statistic = sum((found[row] - count) ** 2 / count for row, count in expected.items())
     assert min(expected.values()) > 5 and len(expected) > 20  # the bound below is chi-square's
     assert statistic < chi2.ppf(0.999, df=len(expected) - 1)
+
+
+def test_nucleus_by_hand() -> None:
+    probs = torch.tensor([[[0.25, 0.0, 0.5, 0.25]], [[0.1, 0.7, 0.2, 0.0]]])
+    # .5 reaches .4; .5 and the first .25 reach .6 (of equal codes the lower); all three are needed for .8
+    kept = {
+        0.4: [0, 0, 1, 0],
+        0.6: [1 / 3, 0, 2 / 3, 0],
+        0.8: [0.25, 0, 0.5, 0.25],
+        1.0: [0.25, 0, 0.5, 0.25],
+    }
+    for top_p, expected in kept.items():
+        assert nucleus(probs.log(), top_p)[0, 0].exp().tolist() == pytest.approx(expected, abs=1e-6)
+    assert nucleus(probs.log(), 0.8)[1, 0].exp().tolist() == pytest.approx([0, 7 / 9, 2 / 9, 0], abs=1e-6)
+    assert nucleus(probs.log(), 1e-9)[1, 0].exp().tolist() == [0, 1, 0, 0]
+
+
+def plain_nucleus(model, prompt: list[int], top_p: float, heat: float) -> dict[int, float]:
+    """Probability of each item where every level is cut to its nucleus, by a loop over the catalogue."""
+
+    def below(prefix: tuple[int, ...]) -> dict[tuple[int, ...], float]:
+        level = len(prefix)
+        if level == len(SIZES):
+            return {prefix: 1.0}
+        inside = sorted({int(codes[level]) for codes in CODES if tuple(codes[:level].tolist()) == prefix})
+        padded = [*prefix, *[0] * (len(SIZES) - level)]
+        row = plain_log_probs(model, prompt, padded, heat)[level]
+        probs = row[[OFFSETS[level] + code for code in inside]].softmax(-1).tolist()
+        kept, mass = [], 0.0
+        for prob, code in sorted(zip(probs, inside, strict=True), key=lambda pair: -pair[0]):
+            if mass < top_p:
+                kept.append((code, prob))
+            mass += prob
+        total = sum(prob for _, prob in kept)
+        return {
+            codes: prob / total * rest
+            for code, prob in kept
+            for codes, rest in below((*prefix, code)).items()
+        }
+
+    rows = {tuple(codes): row for row, codes in enumerate(CODES.tolist())}
+    return {rows[codes]: prob for codes, prob in below(()).items()}
+
+
+def test_nucleus_frequencies_and_log_probs(model, trie: Trie) -> None:
+    num_draws, prompt, heat, top_p = 40_000, PROMPTS[2], 2.0, 0.7
+    rollouts = sample(
+        model,
+        trie,
+        OFFSETS,
+        [prompt],
+        uniforms(1, num_draws),
+        temperature=heat,
+        top_p=top_p,
+        pad_token_id=PAD,
+    )
+    expected = plain_nucleus(model, prompt, top_p, heat)
+    assert 5 < len(expected) < len(CODES) and sum(expected.values()) == pytest.approx(1, abs=1e-6)
+    found = Counter(rollouts.items_BG[0].tolist())
+    assert set(found) == set(expected)
+    statistic = sum((found[row] - num_draws * p) ** 2 / (num_draws * p) for row, p in expected.items())
+    assert statistic < chi2.ppf(0.999, df=len(expected) - 1)
+    for place in range(0, 400, 20):
+        row = int(rollouts.items_BG[0, place])
+        drawn = float(rollouts.drawn_log_probs_BGL[0, place].sum())
+        assert drawn == pytest.approx(np.log(expected[row]), abs=1e-5)
+        among = plain_trie_log_probs(model, prompt, CODES[row], CODES, heat)
+        assert rollouts.trie_log_probs_BGL[0, place].tolist() == pytest.approx(among, abs=1e-5)
+
+
+def test_without_a_nucleus_the_trie_is_drawn_from(model, trie: Trie) -> None:
+    rollouts = sample(model, trie, OFFSETS, PROMPTS, uniforms(4, 12), pad_token_id=PAD)
+    assert torch.equal(rollouts.drawn_log_probs_BGL, rollouts.trie_log_probs_BGL)
+    for top_p in (0.0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="top_p must lie in"):
+            sample(model, trie, OFFSETS, PROMPTS, uniforms(4, 12), top_p=top_p, pad_token_id=PAD)
 
 
 def test_draws_do_not_depend_on_the_batch(model, trie: Trie) -> None:

@@ -3,8 +3,10 @@
 `python -m torch.distributed.run --nproc_per_node=R engine_gradients.py CASES.pt OUT.pt MODEL_FOLDER`
 
 CASES.pt holds a list of dicts: `columns` (name -> list of tensors, one for each row in rank-major order),
-`extra` (what the trainer sends beside the rows), `actor` (fields of verl's actor config to set). OUT.pt gets,
-for each case, the gradient before every optimiser step.
+`extra` (what the trainer sends beside the rows), `actor` (fields of verl's actor config to set). It may hold
+`tokenizer`, a folder to whose catalogue this case and all after it are masked, and `infer`. OUT.pt gets, for
+each case, the gradient before every optimiser step, or with `infer` the log-probs and entropies of every
+token.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 from verl.workers.utils.losses import ppo_loss
+
+from verl_recast.catalogue import Catalogue
+from verl_recast.masked_actor import mask_engine
 
 
 def actor_and_model(model: str) -> tuple[Any, Any]:
@@ -89,13 +94,20 @@ def main() -> None:
         for name, value in case["actor"].items():
             object.__setattr__(actor, name, value)
         worker.set_loss_fn(partial(ppo_loss, config=actor))
+        if folder := case.get("tokenizer"):
+            mask_engine(engine, Catalogue.load(folder))
         share = len(case["columns"]["input_ids"]) // ranks
         columns = {
             name: torch.nested.as_nested_tensor(rows[rank * share : (rank + 1) * share], layout=torch.jagged)
             for name, rows in case["columns"].items()
         }
         found.append([])
-        worker.train_mini_batch(tu.get_tensordict(columns, dict(case["extra"])))
+        data = tu.get_tensordict(columns, dict(case["extra"]))
+        if case.get("infer"):
+            output = worker.infer_batch(data)
+            found[-1] += [output[name].unbind() for name in ("log_probs", "entropy")]
+        else:
+            worker.train_mini_batch(data)
     if rank == 0:
         torch.save(found, out)
     torch.distributed.barrier()

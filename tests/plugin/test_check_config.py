@@ -57,6 +57,22 @@ def test_accepts_every_arm_with_an_estimator_that_fits_it() -> None:
     check_config(config(*arm("stock", "grpo"), "algorithm.use_kl_in_reward=True"))
 
 
+def test_a_masked_actor_needs_the_catalogue_and_whole_logits() -> None:
+    custom = "+actor_rollout_ref.rollout.custom={masked_actor: true, tokenizer: t}"
+    engine = "actor_rollout_ref.rollout.name=recast_sid"
+    check_config(config(custom, engine))
+    with pytest.raises(ValueError, match="calculate_log_probs is True, needs False"):
+        check_config(config(custom))  # GOOD answers by vllm
+    check_config(config(custom, "actor_rollout_ref.rollout.calculate_log_probs=False"))
+    with pytest.raises(ValueError, match=r"custom\.masked_actor: .*custom\.tokenizer is None"):
+        check_config(config("+actor_rollout_ref.rollout.custom={masked_actor: true}"))
+    with pytest.raises(ValueError, match=r"model\.use_fused_kernels is True, needs False"):
+        check_config(config(custom, engine, "actor_rollout_ref.model.use_fused_kernels=True"))
+    with pytest.raises(ValueError, match="ulysses_sequence_parallel_size is 2, needs 1"):
+        sequence = "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=2"
+        check_config(config(custom, engine, sequence))
+
+
 def test_accepts_an_engine_that_merges_its_adapters_and_answers_of_one_length() -> None:
     lora = "actor_rollout_ref.model.lora_rank=8"
     check_config(config(*SID_ENGINE, lora, "actor_rollout_ref.model.lora.merge=True"))

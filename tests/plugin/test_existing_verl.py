@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shlex
@@ -126,21 +127,38 @@ def catalogue_texts(form: str, folder: Path) -> set[str]:
     return {f"<s_a_{a}><s_b_{b}><s_c_{c}>" for a, b, c in codes}
 
 
+OVER_VLLM = """actor_rollout_ref.rollout.name=recast_vllm
+    actor_rollout_ref.rollout.logprobs_mode=raw_logprobs actor_rollout_ref.rollout.enforce_eager=True
+    actor_rollout_ref.rollout.free_cache_engine=False"""
+WITH_VLLM = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
+
+
 @pytest.mark.parametrize(
-    ("form", "prompt_ends", "targets"),
+    ("form", "prompt_ends", "targets", "options"),
     [
-        ("openonerec", "<|im_start|>assistant\n<think>\n\n</think>\n\n<|sid_begin|>", 2),
-        ("minionerec", "\n\n### Response:\n", 1),
+        ("openonerec", "<|im_start|>assistant\n<think>\n\n</think>\n\n<|sid_begin|>", 2, ""),
+        ("minionerec", "\n\n### Response:\n", 1, ""),
+        pytest.param("minionerec", "\n\n### Response:\n", 1, OVER_VLLM, marks=WITH_VLLM, id="vllm"),
     ],
 )
 def test_guides_example_runs_as_it_is_written(
-    tmp_path: Path, form: str, prompt_ends: str, targets: int
+    tmp_path: Path,
+    form: str,
+    prompt_ends: str,
+    targets: int,
+    options: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Data and model as another project leaves them: every answer is an item of its catalogue."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     (variables,) = (block for block in code_blocks(GUIDE) if "export VERL_PLATFORM=cpu" in block)
     (commands,) = (block for block in code_blocks(GUIDE) if f"make_data.py {form} " in block)
     data, dump = tmp_path / form, tmp_path / "dump"
     commands = commands.replace(f"/tmp/{form}", str(data)).rstrip() + f" trainer.rollout_data_dir={dump}"
+    commands += " " + " ".join(options.split())
     steps = run_script(variables + commands, tmp_path)
     items = catalogue_texts(form, data)
     assert len(items) < 60, "some items share a semantic ID"

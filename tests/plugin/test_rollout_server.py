@@ -22,6 +22,7 @@ from recast_cli.core.trie import Trie
 from verl_recast.catalogue import Catalogue
 from verl_recast.reward import require_targets
 from verl_recast.rollout.agent_loop import score_groups
+from verl_recast.rollout.group_sampling import require_sampling
 from verl_recast.rollout.server import SIDServer
 
 NUM_ROLLOUTS = 16
@@ -130,20 +131,61 @@ def test_new_weights_decide_the_next_answers(tokenizer_folder: Path, prompts: li
         server.update_weights({"model.extra": torch.zeros(1)}, 6, True)
 
 
-def test_temperature_zero_gives_the_best_beams_in_order(
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"sampling": "beam"}])
+def test_the_best_beams_come_in_order(
+    tokenizer_folder: Path, prompts: list[list[int]], options: dict[str, Any]
+) -> None:
+    server = make_server(tokenizer_folder)
+    out = generate(server, prompts[:2], [1, 2], **options)
+    for group in out["codes_BGL"].tolist():
+        assert len({tuple(codes) for codes in group}) == NUM_ROLLOUTS  # distinct items
+    assert (np.diff(out["log_probs_BGL"].sum(axis=-1)) <= 0).all()
+    shares = np.exp(out["trie_log_probs_BGL"].sum(axis=-1))
+    assert (shares > np.exp(out["log_probs_BGL"].sum(axis=-1))).all() and (shares.sum(axis=1) < 1).all()
+
+
+def test_without_replacement_answers_are_distinct_and_do_not_depend_on_order(
     tokenizer_folder: Path, prompts: list[list[int]]
 ) -> None:
     server = make_server(tokenizer_folder)
-    out = generate(server, prompts[:2], [1, 2], temperature=0)
-    for group in out["codes_BGL"].tolist():
-        assert len({tuple(codes) for codes in group}) == NUM_ROLLOUTS  # distinct items
-    assert np.isnan(out["log_probs_BGL"]).all()
+    out = generate(server, prompts, list(range(6)), sampling="without-replacement")
+    assert all(len({tuple(codes) for codes in group}) == NUM_ROLLOUTS for group in out["codes_BGL"].tolist())
+    backwards = generate(server, prompts[::-1], list(range(6))[::-1], sampling="without-replacement")
+    assert np.array_equal(backwards["codes_BGL"][::-1], out["codes_BGL"])
+    other = generate(server, prompts, list(range(6)), sampling="without-replacement", step=2)
+    assert not np.array_equal(other["codes_BGL"], out["codes_BGL"])
+
+
+@pytest.mark.parametrize("sampling", ["iid", "without-replacement", "beam"])
+def test_an_excluded_history_is_never_answered(
+    tokenizer_folder: Path, prompts: list[list[int]], sampling: str
+) -> None:
+    server = make_server(tokenizer_folder)
+    sids = pq.read_table(tokenizer_folder / "semantic_ids.parquet")["sid"].to_pylist()
+    row_of = {find_all(sid)[0]: row for row, sid in enumerate(sids)}
+    free = generate(server, prompts[:2], [1, 2], sampling=sampling)["codes_BGL"].tolist()
+    history = [sorted({row_of[tuple(codes)] for codes in group})[:30] for group in free]
+    assert all(history)
+    out = generate(server, prompts[:2], [1, 2], sampling=sampling, history=history)
+    for closed, group in zip(history, out["codes_BGL"].tolist(), strict=True):
+        assert not {row_of[tuple(codes)] for codes in group if codes[0] >= 0} & set(closed)
+    if sampling == "without-replacement":  # 3 items are open to a group of 16
+        most = [list(range(37)), []]
+        few = generate(server, prompts[:2], [1, 2], sampling=sampling, history=most)["codes_BGL"]
+        assert (few[0, 3:] == -1).all() and (few[0, :3] >= 0).all() and (few[1] >= 0).all()
+
+
+def test_top_p_narrows_what_is_drawn(tokenizer_folder: Path, prompts: list[list[int]]) -> None:
+    server = make_server(tokenizer_folder, top_p=0.3)
+    wide = generate(server, prompts, list(range(6)))["codes_BGL"]
+    narrow = generate(server, prompts, list(range(6)), top_p=0.3)["codes_BGL"]
+    assert len(np.unique(narrow.reshape(-1, 3), axis=0)) < len(np.unique(wide.reshape(-1, 3), axis=0))
 
 
 @pytest.mark.parametrize(
     ("sampling", "found"),
     [
-        ({"top_p": 0.9}, "top_p=0.9: set actor_rollout_ref.rollout.top_p=1"),
+        ({"val_kwargs": SamplingConfig(top_p=0.9)}, "val_kwargs.top_p=0.9: set .*.val_kwargs.top_p=1"),
         ({"top_k": 50}, "top_k=50: set actor_rollout_ref.rollout.top_k=-1"),
         ({"repetition_penalty": 1.1}, "repetition_penalty=1.1: "),
         ({"val_kwargs": SamplingConfig(top_k=5)}, "val_kwargs.top_k=5: set .*.val_kwargs.top_k=-1"),
@@ -152,8 +194,25 @@ def test_temperature_zero_gives_the_best_beams_in_order(
 def test_a_sampler_that_it_does_not_have_is_refused(
     tokenizer_folder: Path, sampling: dict[str, Any], found: str
 ) -> None:
-    with pytest.raises(ValueError, match=f"samples by temperature alone, found {found}"):
+    with pytest.raises(ValueError, match=f"samples by temperature and top_p, found {found}"):
         make_server(tokenizer_folder, **sampling)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "options", "found"),
+    [
+        ("gumbel", {}, "custom.sampling is 'gumbel', needed one of iid, without-replacement, beam"),
+        ("beam", {"temperature": 0.5}, "temperature is 0.5, custom.sampling=beam needs 1"),
+        ("beam", {"top_p": 0.5}, "top_p is 0.5, custom.sampling=beam needs 1"),
+        ("without-replacement", {"top_p": 0.5}, "top_p is 0.5, custom.sampling=without-replacement needs 1"),
+        ("iid", {"top_p": 0.0}, "top_p is 0.0, needed above 0 and at most 1"),
+    ],
+)
+def test_a_sampling_that_makes_no_sense_is_refused(
+    sampling: str, options: dict[str, Any], found: str
+) -> None:
+    with pytest.raises(ValueError, match=found):
+        require_sampling(RolloutConfig(name="recast_sid", custom={"sampling": sampling}, **options))
 
 
 def test_verls_one_answer_interface(tokenizer_folder: Path, prompts: list[list[int]]) -> None:
@@ -170,6 +229,16 @@ def test_verls_one_answer_interface(tokenizer_folder: Path, prompts: list[list[i
     assert len(answer.log_probs) == 3 and answer.stop_reason == "completed"
     assert ask("r1").token_ids == answer.token_ids
     assert len({tuple(ask(f"r{i}").token_ids) for i in range(12)}) > 1
+
+
+@pytest.mark.parametrize("custom", [{"sampling": "beam"}, {"exclude_history": True}])
+def test_a_stock_agent_loop_cannot_ask_for_groups(tokenizer_folder: Path, custom: dict[str, Any]) -> None:
+    config = RolloutConfig(
+        name="recast_sid", dtype="float32", custom={"tokenizer": str(tokenizer_folder)} | custom
+    )
+    server = SIDServer(config, HFModelConfig(path=str(tokenizer_folder / "model")), "cpu")
+    with pytest.raises(ValueError, match=f"rollout.custom.{next(iter(custom))} is .*GroupLoopManager"):
+        asyncio.run(server.generate("r", prompt_ids=[1], sampling_params={}))
 
 
 # -- a constraint that is broken on purpose --------------------------------------------------------------

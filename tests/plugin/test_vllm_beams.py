@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from recast_cli.core.beam_search import beam_search
+from recast_cli.core.beam_group import beam_group
 from verl_recast.catalogue import Catalogue
 from verl_recast.rollout import vllm_beams
-from verl_recast.rollout.vllm_beams import expand_beams
+from verl_recast.rollout.vllm_beams import Request, expand_beams
 
 PROMPTS = [[3, 12, 13, 24, 4, 3], [3], [3, 6, 13, 27, 4, 3, 12, 16, 27, 4, 3]]
 
@@ -29,17 +30,18 @@ def test_expansions_find_the_beams_of_the_sid_engine(
     if tied:
         torch.nn.init.zeros_(model.get_input_embeddings().weight)  # tied to the head
 
-    def ask(requests: list[tuple[list[int], list[int]]]) -> list[list[float]]:
+    async def ask(requests: list[Request]) -> list[list[float]]:
         answers = []
-        for prompt, ids in requests:
+        for prompt, given, ids in requests:
+            assert prompt[: len(prompt) - given] in PROMPTS
             assert len(ids) <= most_tokens
             with torch.no_grad():
                 log_probs = model(input_ids=torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
             answers.append(log_probs[ids].tolist())
         return answers
 
-    found = expand_beams(ask, catalogue.trie, catalogue.level_offsets, PROMPTS, width)
-    expected = beam_search(
+    found = asyncio.run(expand_beams(ask, catalogue.trie, catalogue.level_offsets, PROMPTS, width))
+    expected = beam_group(
         model,
         catalogue.trie,
         catalogue.level_offsets,
@@ -47,6 +49,7 @@ def test_expansions_find_the_beams_of_the_sid_engine(
         width,
         pad_token_id=catalogue.pad_token_id,
     )
-    assert torch.equal(found.codes_BWL, expected.codes_BWL)
-    assert torch.equal(found.items_BW, expected.items_BW)
-    assert torch.allclose(found.scores_BW, expected.scores_BW, atol=1e-5)
+    assert torch.equal(found.codes_BGL, expected.codes_BGL)
+    assert torch.equal(found.items_BG, expected.items_BG)
+    for name in ("log_probs_BGL", "trie_log_probs_BGL"):
+        assert torch.allclose(getattr(found, name), getattr(expected, name), atol=1e-5, equal_nan=True), name

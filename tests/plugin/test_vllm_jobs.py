@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
-from jobs import GROUP, PROMPTS, RECIPE, STEPS, Job, succeed, train, weights
+from jobs import GROUP, PROMPTS, RECIPE, STEPS, Job, kill_all, start, succeed, train, wait_for, weights
 
 pytestmark = [
     pytest.mark.vllm,
@@ -16,48 +17,96 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
 
-# verl asks vLLM for memory that it frees between phases, and for CUDA graphs: the CPU build has neither.
-OVERRIDES = """
-ray_cpus: 16
-verl:
-  actor_rollout_ref.rollout.name: vllm
-  actor_rollout_ref.rollout.enforce_eager: true
-  actor_rollout_ref.rollout.logprobs_mode: raw_logprobs
-  +actor_rollout_ref.rollout.agent.agent_loop_manager_class: verl_recast.rollout.vllm_loop.VLLMLoopManager
-  +actor_rollout_ref.rollout.engine_kwargs.vllm.enable_sleep_mode: false
-  +actor_rollout_ref.rollout.engine_kwargs.vllm.logits_processors:
-    - "verl_recast.rollout.vllm_trie:TrieLogitsProcessor"
-  +actor_rollout_ref.rollout.engine_kwargs.vllm.additional_config:
-    recast_tokenizer: "{tokenizer}"
-"""
+BEAMS = 7
 
 
 @pytest.fixture(scope="module")
-def workspace(artifacts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def workspace(artifacts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vllm_jobs")
-    base = RECIPE.format(data=artifacts[0], tokenizer=artifacts[1]).replace("ray_cpus: 8\n", "")
-    (folder / "recipe.yaml").write_text(base + OVERRIDES.format(tokenizer=artifacts[1]), encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-        yield folder
+    text = RECIPE.format(data=artifacts[0], tokenizer=artifacts[1]).replace("ray_cpus: 8", "ray_cpus: 16")
+    text += f"  validate_every: {STEPS}\n  validate_beams: {BEAMS}\n"
+    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    return folder
 
 
-@pytest.fixture(scope="module", params=["grpo", "recast"])
-def job(request: pytest.FixtureRequest, workspace: Path) -> Job:
-    return succeed(train(workspace, request.param, f"method.name={request.param}"))
+@pytest.fixture(scope="module")
+def recast_job(workspace: Path) -> Job:
+    return succeed(train(workspace, "recast", "rollout=vllm"))
 
 
-def test_vllm_answers_with_items_from_the_weights_of_the_step(job: Job, workspace: Path) -> None:
+@pytest.fixture(scope="module")
+def sid_job(workspace: Path, recast_job: Job) -> Job:
+    """The SID engine, from the warm start of `recast_job`."""
+    return succeed(train(workspace, "sid", "rl.steps=1", "rl.validate_every=1"))
+
+
+@pytest.fixture(scope="module")
+def grpo_job(workspace: Path, recast_job: Job) -> Job:
+    return succeed(train(workspace, "grpo", "rollout=vllm", "method.name=grpo", "rl.validate_every=-1"))
+
+
+def log_of(job: Job, partition: str) -> list[dict[str, Any]]:
+    lines = map(json.loads, (job.out / "rollouts.jsonl").read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if line["partition"] == partition]
+
+
+@pytest.mark.parametrize("name", ["recast_job", "grpo_job"])
+def test_vllm_answers_with_items_from_the_weights_of_the_step(
+    name: str, workspace: Path, request: pytest.FixtureRequest
+) -> None:
     """At the learning rate of these jobs an old weight in vLLM shows in the second step's log-probs."""
-    text = (job.out / "rollouts.jsonl").read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text.splitlines()]
+    job = request.getfixturevalue(name)
+    lines = log_of(job, "train")
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     for line in lines:
         assert line["rollouts"] == PROMPTS * GROUP
         assert line["invalid"] == 0
-    assert len(job.metrics) == STEPS
-    for found in job.metrics:
+    steps = [found for found in job.metrics if "training/rollout_probs_diff_max" in found]
+    assert len(steps) == STEPS
+    for found in steps:
         assert found["training/rollout_probs_diff_valid"] == 1
         assert found["training/rollout_probs_diff_max"] < 1e-5
     start, end = weights(workspace / "warm_start" / "model"), weights(job.out / "model")
     assert max(float((start[name] - end[name]).abs().max()) for name in start) > 1e-3
+
+
+def test_recast_repairs_and_drops_over_vllm_as_over_the_sid_engine(recast_job: Job) -> None:
+    for found in recast_job.metrics:
+        if "signal/kept_samples" in found:
+            assert found["signal/all_zero_after_repair"] == 0
+            assert found["signal/kept_samples"] == 2 * (PROMPTS - found["signal/skipped_groups"])
+
+
+def test_validation_of_the_start_has_the_beams_of_the_sid_engine(recast_job: Job, sid_job: Job) -> None:
+    """A hash over all prompts, tokens and rewards, in order of rank."""
+    found, expected = (log_of(job, "val")[0] for job in (recast_job, sid_job))
+    assert found["step"] == expected["step"] == 0
+    assert found["rollouts"] == found["prompts"] * BEAMS > BEAMS
+    masses = [line.pop("catalogue_mass") for line in (found, expected)]  # of 1e-5 log-probs
+    assert masses[0] == pytest.approx(masses[1], rel=1e-4)
+    assert found == expected
+    names = [name for name in sid_job.metrics[0] if name.startswith("val-core/")]
+    assert {name.rsplit("/", 1)[1].split("@")[0] for name in names} == {"pass", "recall", "ndcg"}
+    for name in names:
+        assert recast_job.metrics[0][name] == pytest.approx(sid_job.metrics[0][name], abs=1e-9)
+
+
+def test_vllm_that_dies_ends_the_run_with_its_name(workspace: Path, recast_job: Job) -> None:
+    """Its engine is a process below the server; verl's own sender of weights would wait for it for ever."""
+    out = workspace / "dying"
+    child = start(workspace, "train", "recipe.yaml", "out=dying", "rollout=vllm", "rl.steps=200")
+    try:
+        wait_for(lambda: (out / "rollouts.jsonl").exists(), child)
+        engines = [
+            process
+            for process in psutil.Process(child.pid).children(recursive=True)
+            if "EngineCore" in process.name() + " ".join(process.cmdline())
+        ]
+        assert engines
+        for engine in engines:
+            engine.kill()
+        _, stderr = child.communicate(timeout=180)
+    finally:
+        kill_all(child)
+    assert child.returncode == 1
+    assert "EngineDeadError" in stderr and str(out / "logs") in stderr.replace("\n", "")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from pathlib import Path
 
 import pytest
 
-from recast_cli.errors import RecipeError
+from recast_cli.errors import EnvironmentFault, RecipeError
 from recast_cli.training import placement
 
 
@@ -34,6 +35,24 @@ def test_environment_of_the_cpu(make_recipe) -> None:
 def test_environment_of_a_gpu_leaves_platform_and_threads_alone(make_recipe) -> None:
     found = placement.environment(make_recipe(device="cuda"), Path("m"))
     assert not {"VERL_PLATFORM", "OMP_NUM_THREADS", "RECAST_THREADS"} & found.keys()
+
+
+def test_vllm_on_the_cpu_gets_a_small_cache_or_the_one_that_was_asked_for(
+    make_recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    assert placement.environment(make_recipe(rollout="vllm"), Path("m"))["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    assert "VLLM_CPU_KVCACHE_SPACE" not in placement.environment(make_recipe(), Path("m"))
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "4")
+    assert placement.environment(make_recipe(rollout="vllm"), Path("m"))["VLLM_CPU_KVCACHE_SPACE"] == "4"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_vllm_that_is_not_installed_is_named_before_anything_starts(make_recipe) -> None:
+    placement.require_engine(make_recipe())
+    with pytest.raises(EnvironmentFault, match="rollout is vllm, which is not installed here") as caught:
+        placement.require_engine(make_recipe(rollout="vllm"))
+    assert "make setup-vllm" in caught.value.hint
 
 
 def test_device_auto_looks_for_a_driver(make_recipe, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shutil
 from pathlib import Path
@@ -99,6 +100,22 @@ def test_same_recipe_and_parents_reuse_a_finished_run(make_recipe, inputs: Input
     finish_run(recipe, inputs)
     found = run_directory.find(recipe, inputs, model_of(inputs))
     assert found is not None and found["kind"] == "run" and found["parents"] == inputs.parents
+
+
+def test_run_made_before_a_key_existed_had_its_default(make_recipe, inputs: Inputs, tmp_path: Path) -> None:
+    finish_run(make_recipe(), inputs)
+    path = tmp_path / "run" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["recipe"]["rollout"], manifest["recipe"]["rl"]["entropy_coef"]
+    path.write_text(json.dumps(manifest))
+    assert run_directory.find(make_recipe(), inputs, model_of(inputs)) is not None
+    for changes in ({"rollout": "vllm"}, {"rl": {"entropy_coef": 0.1}}):
+        with pytest.raises(ArtifactError, match="another recipe or data"):
+            run_directory.find(make_recipe(**changes), inputs, model_of(inputs))
+    manifest["recipe"]["gone"] = 1
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="another recipe or data"):
+        run_directory.find(make_recipe(), inputs, model_of(inputs))
 
 
 def test_run_of_another_recipe_or_of_other_data_is_refused(

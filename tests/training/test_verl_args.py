@@ -92,6 +92,16 @@ def test_paths_survive_the_composed_config(make_recipe, name: str) -> None:
     assert config.actor_rollout_ref.rollout.custom.tokenizer == str(path)
 
 
+def test_how_groups_are_drawn_reaches_the_engine(make_recipe) -> None:
+    plain = parse(rl(make_recipe()))
+    assert set(plain["actor_rollout_ref.rollout.custom"]) == {"tokenizer", "log"}
+    assert plain["actor_rollout_ref.rollout.top_p"] == 1.0
+    options = {"sampling": "without-replacement", "exclude_history": True, "masked_actor": True}
+    found = parse(rl(make_recipe(rl=options)))["actor_rollout_ref.rollout.custom"]
+    assert {name: found[name] for name in options} == options
+    assert parse(rl(make_recipe(rl={"top_p": 0.9})))["actor_rollout_ref.rollout.top_p"] == 0.9
+
+
 def test_a_recipes_own_verl_keys_come_last(make_recipe) -> None:
     recipe = make_recipe(
         verl={"trainer.nnodes": 2, "+trainer.note": None, "data.shuffle": True, "+trainer.l": [1, "x"]}
@@ -258,3 +268,35 @@ def test_the_control_makes_as_many_updates_as_rl_at_the_same_rates(make_recipe, 
     assert config.optim.lr_warmup_steps == 2 * 3
     assert run.num_records(make_recipe(rl=rl)) == 5
     assert run.num_records(make_recipe(rl={**rl, "validate_every": 2})) == 6  # and the start
+
+
+# -- the rollout engine ----------------------------------------------------------------------------------
+
+
+def test_vllm_gets_the_question_of_the_sid_engine(make_recipe) -> None:
+    """The trie, and what the CPU build cannot do, are the server's business."""
+    sid, vllm = (parse(rl(make_recipe(rollout=name))) for name in ("sid", "vllm"))
+    prefix = "actor_rollout_ref.rollout"
+    differing = {key: (sid.get(key), vllm.get(key)) for key in sid | vllm if sid.get(key) != vllm.get(key)}
+    assert differing == {
+        f"{prefix}.name": ("recast_sid", "recast_vllm"),
+        f"{prefix}.logprobs_mode": (None, "raw_logprobs"),
+        f"{prefix}.calculate_log_probs": (None, True),
+        f"{prefix}.enforce_eager": (None, True),
+    }
+    cool = parse(rl(make_recipe(rollout="vllm", rl={"temperature": 0.7})))
+    assert cool[f"{prefix}.calculate_log_probs"] is False
+    masked = parse(rl(make_recipe(rollout="vllm", rl={"masked_actor": True})))
+    assert masked[f"{prefix}.calculate_log_probs"] is False
+
+
+def test_vllm_on_a_gpu_frees_its_cache_and_keeps_its_graphs(make_recipe) -> None:
+    found = parse(rl(make_recipe(rollout="vllm", device="cuda")))
+    assert not {"enforce_eager", "free_cache_engine"} & {key.rsplit(".", 1)[-1] for key in found}
+
+
+def test_recast_over_vllm_is_accepted_by_its_trainer(make_recipe) -> None:
+    from verl_recast.check_config import check_config
+
+    rl_section = {"loss_agg_mode": "seq-mean-token-sum-norm"}
+    check_config(composed("verl.trainer.main_ppo", rl(make_recipe(rollout="vllm", rl=rl_section))))

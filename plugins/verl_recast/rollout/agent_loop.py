@@ -29,6 +29,12 @@ from recast_cli.vocabulary import encode_prompts
 from verl_recast.catalogue import Catalogue, require_catalogue
 from verl_recast.groups import require_own_index, response_fields
 from verl_recast.reward import require_targets
+from verl_recast.rollout.sampled import (
+    mean_catalogue_mass,
+    require_histories,
+    sampled_fields,
+    take_histories,
+)
 from verl_recast.settings import RecastSettings
 from verl_recast.validation import beam_info
 
@@ -41,10 +47,12 @@ DATASET_FIELDS = ("uid", "index", "data_source", "reward_model", "extra_info")
 class GroupLoopWorker(AgentLoopWorker):
     """Rolls out and scores the groups of a chunk of prompts.
 
-    `rollout.custom.tokenizer` names the tokenizer artifact, or `rollout.custom.catalogue` a catalogue made
-    elsewhere. `rollout.custom.answer_prefix` is what such a model writes before the first code.
-    `rollout.custom.log` may name a file that gets one JSON line per batch, whatever the trainer: the
-    statistics of its full groups, and a hash of them.
+    `rollout.custom` is read here. `tokenizer` names the tokenizer artifact, or `catalogue` a catalogue made
+    elsewhere; `answer_prefix` is what such a model writes before the first code. `sampling` says how a group
+    is drawn (`group_sampling.SAMPLINGS`); with `exclude_history` no rollout answers an item of its row's
+    `extra_info.history`: neither holds for validation. With `masked_actor` the sampling log-probs are the
+    trie's, like the actor's. `log` may name a file that gets one JSON line per batch, whatever the trainer:
+    the statistics of its full groups, and a hash of them.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -53,6 +61,9 @@ class GroupLoopWorker(AgentLoopWorker):
         custom = self.rollout_config.custom or {}
         self.catalogue, self.log = require_catalogue(custom, self.tokenizer), custom.get("log")
         self.answer_prefix = str(custom.get("answer_prefix") or "")
+        self.sampling = custom.get("sampling", "iid")
+        self.exclude_history = bool(custom.get("exclude_history", False))
+        self.masked_actor = bool(custom.get("masked_actor", False))
         self.seed = RecastSettings.from_algorithm(self.config.algorithm).seed
         self.background_tasks: set[asyncio.Task] = set()
 
@@ -81,6 +92,7 @@ class GroupLoopWorker(AgentLoopWorker):
         targets = [require_targets(row["reward_model"]["ground_truth"]) for row in rows]
         found = zip(rows, prompts, targets, strict=True)
         require_own_index([(int(row["index"]), (prompt, target)) for row, prompt, target in found])
+        take_histories(rows)
         out = await self._answers(rows, prompts, validate=validate)
         codes_BGL = self.catalogue.spelled(out["codes_BGL"])
         hits_BG, scores_BG, valid_BG = score_groups(self.catalogue, targets, codes_BGL)
@@ -99,6 +111,7 @@ class GroupLoopWorker(AgentLoopWorker):
                 "prompts": len(rows),
                 "rollouts": len(fields),
                 **group_statistics(hits_BG, scores_BG, codes_BGL, valid_BG, present_BG),
+                **mean_catalogue_mass([record["extra_fields"] for record in fields]),
                 "sha256": _digest(fields),
             }
             with open(self.log, "a", encoding="utf-8") as log:
@@ -107,7 +120,7 @@ class GroupLoopWorker(AgentLoopWorker):
     async def _answers(
         self, rows: list[dict[str, Any]], prompts: list[list[int]], *, validate: bool
     ) -> dict[str, Any]:
-        """`codes_BGL`, `log_probs_BGL` and the weights' `global_steps`, from the rollout server."""
+        """What `SIDServer.generate_groups` returns, from a server of verl's choice."""
         config = self.rollout_config
         server_id, server = await self.llm_client._acquire_server(str(rows[0]["uid"]))
         try:
@@ -118,6 +131,9 @@ class GroupLoopWorker(AgentLoopWorker):
                 step=int(rows[0]["global_steps"]),
                 seed=self.seed,
                 temperature=float(config.val_kwargs.temperature if validate else config.temperature),
+                sampling="iid" if validate else self.sampling,
+                top_p=1.0 if validate else float(config.top_p),
+                history=require_histories(rows) if self.exclude_history and not validate else None,
             )
         finally:
             self.llm_client._release_server(server_id, str(rows[0]["uid"]))
@@ -145,15 +161,21 @@ class GroupLoopWorker(AgentLoopWorker):
         out: dict[str, Any],
         infos: list[list[dict[str, float]]],
     ) -> tuple[list[str], list[dict[str, Any]], list[dict[str, Any]]]:
-        """TransferQueue keys, fields and tags of every rollout; a missing beam (-1) leaves no record."""
+        """TransferQueue keys, fields and tags of every rollout; a missing answer (-1) leaves no record."""
         codes_BGL, log_probs_BGL = out["codes_BGL"], out["log_probs_BGL"]
+        trie_log_probs_BGL = out.get("trie_log_probs_BGL")  # a replay has none
+        actors_BGL = log_probs_BGL
+        if self.masked_actor and trie_log_probs_BGL is not None:
+            actors_BGL = trie_log_probs_BGL
         tokens_BGL = torch.from_numpy(self.catalogue.token_ids(codes_BGL))
         keys, fields, tags = [], [], []
         for b, g in np.argwhere((codes_BGL >= 0).all(axis=-1)).tolist():
             record = _record(rows[b], prompts[b], tokens_BGL[b, g], infos[b][g], out["global_steps"])
             record["session_id"] = g
             if self.rollout_config.calculate_log_probs:
-                record["rollout_log_probs"] = torch.from_numpy(log_probs_BGL[b, g]).float()
+                record["rollout_log_probs"] = torch.from_numpy(actors_BGL[b, g]).float()
+            if trie_log_probs_BGL is not None:
+                record["extra_fields"] |= sampled_fields(log_probs_BGL[b, g], trie_log_probs_BGL[b, g])
             keys.append(f"{rows[b]['uid']}_{g}_0")
             fields.append(record)
             tags.append(_tag(record, int(rows[b]["global_steps"]), out["global_steps"]))

@@ -12,11 +12,10 @@ import torch
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.rollout.replica import TokenOutput
 
-from recast_cli.core.beam_search import beam_search
-from recast_cli.core.sampling import sample
-from recast_cli.core.seeding import hash64, uniforms
+from recast_cli.core.seeding import hash64
 from recast_cli.core.walk import TOKEN_BUDGET
 from verl_recast.catalogue import require_catalogue
+from verl_recast.rollout.group_sampling import draw_groups, require_sampling
 
 
 class SIDServer:
@@ -34,7 +33,7 @@ class SIDServer:
     def __init__(self, config: Any, model_config: Any, device: str) -> None:
         from transformers import AutoModelForCausalLM
 
-        _require_plain_sampling(config)
+        require_sampling(config)
         threads = int(os.environ.get("RECAST_THREADS", "0"))
         if threads:
             torch.set_num_threads(threads)
@@ -61,53 +60,56 @@ class SIDServer:
         step: int,
         seed: int,
         temperature: float,
+        sampling: str = "iid",
+        top_p: float = 1.0,
+        history: list[list[int]] | None = None,
     ) -> dict[str, Any]:
-        """A group of answers for every prompt.
+        """A group of answers for every prompt; arguments not named here as in `draw_groups`.
 
         Args:
-            prompts: Token ids of B prompts, each ending with `<|sid_begin|>`.
-            index_B: Row indices; with `seed` and `step` they seed the draws, so arrival order does not
-                matter.
-            num_rollouts: G.
-            temperature: 0 asks for the G best beams in descending order instead of samples.
+            temperature: 0 asks for the G best beams in descending order, whatever `sampling` says.
 
         Returns:
-            `codes_BGL` (-1 where a beam is missing), `log_probs_BGL` (full vocabulary), `global_steps`.
+            `codes_BGL` (-1 where an answer is missing), `log_probs_BGL` (full vocabulary) and
+            `trie_log_probs_BGL` (renormalised over the allowed codes), NaN where missing; `global_steps`.
         """
         if self.global_steps is None:
             raise RuntimeError("the rollout server has no weights yet")
-        catalogue = self.catalogue
-        common: dict[str, Any] = {"pad_token_id": catalogue.pad_token_id, "token_budget": self.token_budget}
-        if temperature == 0:
-            beams = beam_search(
-                self.model, catalogue.trie, catalogue.level_offsets, prompts, num_rollouts, **common
-            )
-            log_probs_BGL = np.full((*beams.scores_BW.shape, catalogue.num_levels), np.nan, dtype=np.float32)
-            return {
-                "codes_BGL": _numpy(beams.codes_BWL),
-                "log_probs_BGL": log_probs_BGL,
-                "global_steps": self.global_steps,
-            }
-        draws_BGL = uniforms(seed, step, np.asarray(index_B), num_rollouts, catalogue.num_levels)
-        samples = sample(
+        group = draw_groups(
             self.model,
-            catalogue.trie,
-            catalogue.level_offsets,
+            self.catalogue,
             prompts,
-            torch.from_numpy(draws_BGL),
+            index_B,
+            num_rollouts,
+            sampling="beam" if temperature == 0 else sampling,
+            step=step,
+            seed=seed,
             temperature=temperature,
-            **common,
+            top_p=top_p,
+            history=history,
+            token_budget=self.token_budget,
         )
         return {
-            "codes_BGL": _numpy(samples.codes_BGL),
-            "log_probs_BGL": _numpy(samples.log_probs_BGL),
+            "codes_BGL": _numpy(group.codes_BGL),
+            "log_probs_BGL": _numpy(group.log_probs_BGL),
+            "trie_log_probs_BGL": _numpy(group.trie_log_probs_BGL),
             "global_steps": self.global_steps,
         }
 
     async def generate(
         self, request_id: str, *, prompt_ids: list[int], sampling_params: dict[str, Any], **_: Any
     ) -> TokenOutput:
-        """verl's one-answer interface, for stock agent loops; seeded by the request id."""
+        """verl's one-answer interface, for stock agent loops; seeded by the request id.
+
+        Raises:
+            ValueError: the config asks for groups that no stock agent loop can ask for.
+        """
+        for name, default in (("sampling", "iid"), ("exclude_history", False)):
+            if (found := self.config.custom.get(name, default)) != default:
+                raise ValueError(
+                    f"rollout.custom.{name} is {found}, which needs rollout.agent.agent_loop_manager_class="
+                    "verl_recast.rollout.agent_loop.GroupLoopManager"
+                )
         digest = int(hash64(*request_id.encode()).item()) >> 1
         seed = sampling_params.get("seed")
         out = await self.generate_groups(
@@ -117,6 +119,7 @@ class SIDServer:
             step=self.global_steps or 0,
             seed=self.config.seed if seed is None else seed,
             temperature=float(sampling_params.get("temperature", 1.0)),
+            top_p=float(sampling_params.get("top_p", 1.0)),
         )
         codes = out["codes_BGL"][0, 0]
         log_probs = out["log_probs_BGL"][0, 0].tolist()
@@ -186,19 +189,6 @@ class SIDServer:
 
     async def stop_profile(self) -> None:
         return None
-
-
-def _require_plain_sampling(config: Any) -> None:
-    """What the server does not do must not be asked of it in vain."""
-    neutral = {"top_p": (1,), "top_k": (-1, 0), "repetition_penalty": (1,)}
-    for prefix, section in (("", config), ("val_kwargs.", config.val_kwargs)):
-        for name, values in neutral.items():
-            found = getattr(section, name, values[0])
-            if found not in values:
-                raise ValueError(
-                    f"rollout engine recast_sid samples by temperature alone, found {prefix}{name}={found}: "
-                    f"set actor_rollout_ref.rollout.{prefix}{name}={values[0]}"
-                )
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:

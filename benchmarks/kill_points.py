@@ -1,0 +1,116 @@
+"""SIGKILL to everything of a run at ten seeded moments, one of them inside a checkpoint write; each goes on.
+
+    python benchmarks/kill_points.py
+
+A run here is warm start and RL on the CPU (one rank, float32). Moments are drawn from its whole length. After
+each kill `recast train --resume` must end with the weights and rollouts of the run that nobody killed, bit
+for bit. Tests hold two such moments (tests/plugin/test_verl_failures.py), whose apparatus this uses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recast_cli.outputs import atomic_text
+from recast_cli.profiling.profile import machine
+from recast_cli.provenance import git_state, versions
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "plugin"))
+
+from jobs import RECIPE, Job, recast, succeed, train_until, weights  # noqa: E402
+from plugin_artifacts import write_artifacts  # noqa: E402
+
+RESULT = Path(__file__).parent / "results" / "kill_points.json"
+STEPS = 4
+
+
+def train(folder: Path, name: str, *options: str) -> Job:
+    return Job(*recast(folder, *command(name), *options, timeout=1200), folder / name)
+
+
+def command(name: str) -> list[str]:
+    return ["train", "recipe.yaml", f"out={name}", f"warm_start.out={name}-start", f"rl.steps={STEPS}"]
+
+
+def last_checkpoint(out: Path) -> int:
+    """Step of the last checkpoint that was finished, 0 without one."""
+    tracker = out / "checkpoints" / "latest_checkpointed_iteration.txt"
+    return int(tracker.read_text()) if tracker.exists() else 0
+
+
+def same(one: Job, other: Job) -> dict[str, bool]:
+    found, expected = weights(one.out / "model"), weights(other.out / "model")
+    rollouts = [(job.out / "rollouts.jsonl").read_text(encoding="utf-8") for job in (one, other)]
+    return {
+        "weights": found.keys() == expected.keys()
+        and all(torch.equal(tensor, found[name]) for name, tensor in expected.items()),
+        "rollouts": rollouts[0] == rollouts[1],
+    }
+
+
+def kill_and_resume(folder: Path, name: str, moment: float | None, whole: Job) -> dict[str, Any]:
+    """Kill a run `moment` seconds after its start, or (None) inside its second checkpoint, and go on."""
+    torn, began = folder / name / "checkpoints" / "global_step_2", time.monotonic()
+    when: Callable[[], bool] = (
+        torn.is_dir if moment is None else lambda: time.monotonic() - began > (moment or 0)
+    )
+    killed = train_until(when, command(name)[1:], folder)
+    step, is_torn = last_checkpoint(folder / name), torn.is_dir()
+    resumed = train(folder, name, "--resume")
+    return {
+        "seconds": moment,
+        "killed": killed.returncode == -9,
+        "inside_checkpoint": is_torn and step == 1,
+        "from_step": step,
+        "resumed": resumed.code,
+        **({"weights": False, "rollouts": False} if resumed.code else same(resumed, whole)),
+        **({"stderr": resumed.stderr[-500:]} if resumed.code else {}),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--points", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--result", type=Path, default=RESULT)
+    args = parser.parse_args()
+
+    facts: dict[str, Any] = {"git": git_state(), "seed": args.seed, "steps": STEPS}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        data, tokenizer = write_artifacts(folder)
+        (folder / "recipe.yaml").write_text(RECIPE.format(data=data, tokenizer=tokenizer), encoding="utf-8")
+        began = time.monotonic()
+        whole = succeed(train(folder, "whole"))
+        facts["uninterrupted_s"] = seconds = time.monotonic() - began
+        rng = random.Random(args.seed)
+        moments: list[float | None] = [None, *sorted(rng.uniform(1, seconds) for _ in range(args.points - 1))]
+        print(f"uninterrupted: {seconds:.0f} s")
+        facts["points"] = []
+        for number, moment in enumerate(moments):
+            found = kill_and_resume(folder, f"killed-{number}", moment, whole)
+            facts["points"].append(found)
+            print(json.dumps(found), flush=True)
+    points = facts["points"]
+    good = sum(found["weights"] and found["rollouts"] for found in points)
+    print(f"{good} of {len(points)} ended as the run that nobody killed")
+    facts |= {"versions": versions(), "machine": machine()}
+    atomic_text(args.result, json.dumps(facts, indent=2) + "\n")
+    sys.exit(good != len(points))
+
+
+if __name__ == "__main__":
+    main()

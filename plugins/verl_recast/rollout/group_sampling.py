@@ -1,0 +1,96 @@
+"""How the G answers of a group are chosen: `rollout.custom.sampling`, the temperature and top_p of verl."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from recast_cli.core.beam_group import beam_group
+from recast_cli.core.sampling import Rollouts, sample
+from recast_cli.core.seeding import hash64, uniforms
+from recast_cli.core.without_replacement import sample_distinct
+from verl_recast.catalogue import Catalogue
+
+SAMPLINGS = ("iid", "without-replacement", "beam")
+
+
+def draw_groups(
+    model: Any,
+    catalogue: Catalogue,
+    prompts: list[list[int]],
+    index_B: Sequence[int],
+    num_rollouts: int,
+    *,
+    sampling: str,
+    step: int,
+    seed: int,
+    temperature: float,
+    top_p: float,
+    history: Sequence[Sequence[int]] | None,
+    token_budget: int,
+) -> Rollouts:
+    """Groups of G answers; what is drawn depends on (seed, step, index) and not on the batch.
+
+    Args:
+        prompts: Token ids of B prompts, each ending with `<|sid_begin|>`.
+        index_B: `extra_info.index` of each.
+        num_rollouts: G.
+        sampling: One of `SAMPLINGS`.
+        history: Item rows that must not be answered, for each prompt; None closes nothing.
+
+    Raises:
+        ValueError: a history that is no item's row, or that holds the whole catalogue.
+    """
+    common: dict[str, Any] = {
+        "pad_token_id": catalogue.pad_token_id,
+        "token_budget": token_budget,
+        "exclusion": None if history is None else catalogue.trie.exclusion(history),
+    }
+    args = model, catalogue.trie, catalogue.level_offsets, prompts
+    rows_B = np.asarray(index_B, dtype=np.int64)
+    if sampling == "beam":
+        return beam_group(*args, num_rollouts, **common)
+    common["temperature"] = temperature
+    if sampling == "without-replacement":
+        return sample_distinct(*args, hash64(seed, step, rows_B), num_rollouts, **common)
+    draws_BGL = uniforms(seed, step, rows_B, num_rollouts, catalogue.num_levels)
+    return sample(*args, torch.from_numpy(draws_BGL), top_p=top_p, **common)
+
+
+def require_sampling(config: Any) -> None:
+    """What the engine does not do must not be asked of it in vain.
+
+    Args:
+        config: verl's rollout config.
+
+    Raises:
+        ValueError: naming the option, the value found and the value needed.
+    """
+    prefix = "actor_rollout_ref.rollout"
+    sampling = (config.custom or {}).get("sampling", "iid")
+    if sampling not in SAMPLINGS:
+        raise ValueError(f"{prefix}.custom.sampling is {sampling!r}, needed one of {', '.join(SAMPLINGS)}")
+    if sampling == "beam" and config.temperature != 1:
+        raise ValueError(
+            f"{prefix}.temperature is {config.temperature}, custom.sampling=beam needs 1: beams are ranked "
+            "by the model's own probabilities"
+        )
+    if not 0 < config.top_p <= 1:
+        raise ValueError(f"{prefix}.top_p is {config.top_p}, needed above 0 and at most 1")
+    if sampling != "iid" and config.top_p != 1:
+        raise ValueError(
+            f"{prefix}.top_p is {config.top_p}, custom.sampling={sampling} needs 1: a nucleus may hold fewer "
+            "items than a group of distinct ones asks for"
+        )
+    neutral = {"top_k": (-1, 0), "repetition_penalty": (1,)}
+    for part, section in (("", config), ("val_kwargs.", config.val_kwargs)):
+        for name, values in (neutral | ({"top_p": (1,)} if part else {})).items():
+            found = getattr(section, name, values[0])
+            if found not in values:
+                raise ValueError(
+                    f"rollout engine {config.name} samples by temperature and top_p, found "
+                    f"{part}{name}={found}: set {prefix}.{part}{name}={values[0]}"
+                )
