@@ -123,10 +123,10 @@ def _check_loss(worker: Any) -> None:
 
 
 def _check_catalogue(rollout: Any) -> None:
-    """The SID engine needs a catalogue; its prompts are completed by its own agent loop only."""
+    """Our engines need a catalogue; prompts are completed by our agent loop only."""
     custom = rollout.get("custom") or {}
     named = [name for name in ("tokenizer", "catalogue") if custom.get(name)]
-    if rollout.get("name") == ROLLOUT_NAME or len(named) > 1:
+    if rollout.get("name") in (ROLLOUT_NAME, VLLM_ROLLOUT_NAME) or len(named) > 1:
         needed = "one of tokenizer (a folder of recast build-tokenizer) and catalogue (a file made elsewhere)"
         _require(len(named) == 1, "rollout.custom", f"{dict(custom)}", needed)
     manager, prefix = rollout.agent.get("agent_loop_manager_class"), custom.get("answer_prefix")

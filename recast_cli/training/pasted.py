@@ -24,6 +24,7 @@ PLUGIN = (
     "actor_rollout_ref.rollout.custom",
     "actor_rollout_ref.rollout.agent.agent_loop_manager_class",
     "actor_rollout_ref.rollout.engine_kwargs",
+    "actor_rollout_ref.rollout.logprobs_mode",
     "actor_rollout_ref.rollout.tensor_model_parallel_size",
     "trainer.v1.",
 )

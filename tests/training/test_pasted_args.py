@@ -73,6 +73,13 @@ def test_the_plugins_lines_alone(recipe_file: Path, folders: tuple[Path, Path]) 
     }
 
 
+def test_the_plugins_lines_for_vllm(recipe_file: Path) -> None:
+    sid = set(pasted(verl_args(recipe_file, "--plugin-only").stdout))
+    vllm = set(pasted(verl_args(recipe_file, "--plugin-only", "rollout=vllm").stdout))
+    rollout = "actor_rollout_ref.rollout"
+    assert vllm - sid == {f"{rollout}.name=recast_vllm", f"{rollout}.logprobs_mode=raw_logprobs"}
+
+
 def test_json_holds_the_same_overrides(recipe_file: Path) -> None:
     found = json.loads(verl_args(recipe_file, "--json").stdout)
     assert found["overrides"] == pasted(verl_args(recipe_file).stdout)
