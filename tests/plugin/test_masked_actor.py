@@ -22,7 +22,7 @@ from recast_cli.vocabulary import encode_prompts
 from verl_recast.catalogue import Catalogue
 from verl_recast.masked_actor import require_maskable
 
-NUM_PROMPTS, GROUP, TEMPERATURE = 4, 3, 1.0
+NUM_PROMPTS, GROUP, TEMPERATURE = 4, 3, 0.7
 PADDING = NUM_PROMPTS * GROUP  # where the row that only fills up stands
 WEIGHTS = [1.0, -1.0, 0.5]  # advantages inside each group
 
@@ -102,7 +102,7 @@ def plain_trie_log_probs(
     model: Any, catalogue: Catalogue, row: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs (3,) of the response over the allowed codes and their entropies, by a loop over the items."""
-    logits = model(input_ids=row["input_ids"][None]).logits[0]
+    logits = model(input_ids=row["input_ids"][None]).logits[0] / TEMPERATURE
     codes = (row["responses"] - torch.tensor(catalogue.level_offsets)).tolist()
     log_probs, entropies = [], []
     for level, offset in enumerate(catalogue.level_offsets):
@@ -126,9 +126,10 @@ def test_old_log_probs_are_what_rollouts_were_drawn_with(
     log_probs, entropies = found[packed, True]
     for place, row in enumerate(rows):
         with torch.no_grad():
-            plain = model(input_ids=row["input_ids"][None]).logits[0].log_softmax(-1)
+            plain = (model(input_ids=row["input_ids"][None]).logits[0] / TEMPERATURE).log_softmax(-1)
         # every token's own successor, but for the last, whose label is whatever verl rolled in
-        labels, full = row["input_ids"][1:], plain[:-1].gather(1, row["input_ids"][1:, None])[:, 0]
+        full = plain[:-1].gather(1, row["input_ids"][1:, None])[:, 0]
+        assert len(full) == len(log_probs[place]) - 1
         answer = slice(len(row["prompts"]) - 1, None)
         if place == PADDING:
             torch.testing.assert_close(log_probs[place][:-1], full, atol=1e-5, rtol=0)
@@ -144,7 +145,6 @@ def test_old_log_probs_are_what_rollouts_were_drawn_with(
             torch.testing.assert_close(
                 log_probs[place][:-1][answer], row["trie_log_probs"], atol=1e-5, rtol=0
             )
-        assert len(labels) == len(log_probs[place]) - 1
 
 
 @pytest.mark.parametrize("packed", [False, True])
