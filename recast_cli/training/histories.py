@@ -44,7 +44,7 @@ def add_histories(rows: pa.Table, data: Path) -> pa.Table:
     for index, history in zip(index_R.tolist(), histories, strict=True):
         if len(history) >= len(items) and len(np.unique(history)) == len(items):
             raise DataError(
-                f"the history of RL row {index} holds all {len(items)} items, needed one that is left to answer",
+                f"the history of RL row {index} holds all {len(items)} items, needed one left to answer",
                 "set rl.exclude_history=false",
             )
     fields = {extra_info.type.field(i).name: extra_info.field(i) for i in range(extra_info.type.num_fields)}
