@@ -14,6 +14,7 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3) python3)
 TORCH_INDEX ?=
 VLLM ?= 0.28.0
+VLLM_TESTS ?= tests/plugin
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
@@ -75,7 +76,7 @@ $(VLLM_VENV)/.setup-done: pyproject.toml $(VLLM_PINS)
 	@touch $@
 
 test-vllm: setup-vllm ## the tests against real vLLM, under verl and alone
-	@$(VLLM_BIN)/python -m pytest -m vllm $(PYTEST_ARGS)
+	@$(VLLM_BIN)/python -m pytest -m vllm $(VLLM_TESTS) $(PYTEST_ARGS)
 
 demo: setup ## the whole product on MovieLens-100K (9 to 20 minutes on two cores)
 	@$(BIN)/recast demo $(DEMO_ARGS)
@@ -92,6 +93,7 @@ lint: setup ## ruff and mypy
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/mypy benchmarks
+	@$(BIN)/mypy docs/guides/examples
 
 format: setup ## put the code in shape
 	@$(BIN)/ruff check --fix .

@@ -26,7 +26,7 @@ from recast_cli.profiling.profile import machine
 from recast_cli.provenance import git_state, versions
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "plugin"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "plugin")]
 
 from jobs import RECIPE, Job, recast, succeed, train_until, weights  # noqa: E402
 from plugin_artifacts import write_artifacts  # noqa: E402

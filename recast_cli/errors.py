@@ -15,6 +15,7 @@ class RecastError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.add_note(f"hint: {hint}")  # a traceback, all that a verl job shows, has it too
 
     def __reduce__(self) -> tuple[type[RecastError], tuple[str, str]]:
         return type(self), (self.message, self.hint)

@@ -225,12 +225,17 @@ class Recipe(Section):
             raise ValueError("rl.sampling without-replacement needs rollout sid, found vllm")
         if self.rollout == "vllm" and self.rl.exclude_history:
             raise ValueError("rl.exclude_history true needs rollout sid, found vllm")
-        if self.rollout == "vllm" and self.rl.temperature != 1 and self.method.tie_rule == "most-probable":
+        if self.rollout == "vllm" and self.method.tie_rule == "most-probable" and not self.vllm_log_probs:
             raise ValueError(
-                f"method.tie_rule most-probable with rl.temperature {self.rl.temperature} needs rollout sid: "
-                "vLLM reports the log-probs of temperature 1"
+                "method.tie_rule most-probable needs rollout sid, or with vllm rl.temperature 1 and rl."
+                f"masked_actor false, found {self.rl.temperature:g} and {str(self.rl.masked_actor).lower()}"
             )
         return self
+
+    @property
+    def vllm_log_probs(self) -> bool:
+        """Whether vLLM's log-probs, full vocabulary at temperature 1, are what the actor computes."""
+        return self.rl.temperature == 1 and not self.rl.masked_actor
 
     @model_validator(mode="after")
     def _enough_cpus(self) -> Recipe:

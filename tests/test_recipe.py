@@ -373,7 +373,8 @@ def test_what_vllm_cannot_do_is_refused(write) -> None:
     path, likeliest = write(MINIMAL), ["method.tie_rule=most-probable", "rl.temperature=0.7"]
     load_recipe(path, [likeliest[0], "rollout=vllm", "rl.sampling=beam"])
     for options, found in (
-        (likeliest, "most-probable with rl.temperature 0.7 needs rollout sid"),
+        (likeliest, "most-probable needs rollout sid, .* found 0.7 and false"),
+        ([likeliest[0], "rl.masked_actor=true"], "found 1 and true"),
         (["rl.sampling=without-replacement"], "rl.sampling without-replacement needs rollout sid"),
         (["rl.exclude_history=true"], "rl.exclude_history true needs rollout sid"),
     ):

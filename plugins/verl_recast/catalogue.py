@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from recast_cli.artifacts import load_manifest
-from recast_cli.core.spelling import LEVELS, parse
+from recast_cli.core.spelling import LEVELS, SID_BEGIN, SID_END, parse
 from recast_cli.core.trie import Trie
 from recast_cli.errors import DataError
 from recast_cli.vocabulary import Vocabulary, code_ids
@@ -38,6 +38,7 @@ class Catalogue:
         pad_token_id: Token for left padding.
         members: Every semantic ID as a tuple of spelled codes, read from the catalogue and not from the
             trie, so that counting invalid rollouts does not depend on the thing it checks.
+        sid_begin, sid_end: Tokens round a semantic ID, None where the vocabulary has none.
         spelled_codes: Per level, the spelled code of each counted one, -1 where the token is no code of the
             level; None where both are the same.
     """
@@ -46,6 +47,8 @@ class Catalogue:
     level_offsets: tuple[int, ...]
     pad_token_id: int
     members: frozenset[tuple[int, ...]]
+    sid_begin: int | None = None
+    sid_end: int | None = None
     spelled_codes: tuple[np.ndarray, ...] | None = None
 
     @property
@@ -64,6 +67,8 @@ class Catalogue:
             level_offsets=vocabulary.level_offsets,
             pad_token_id=vocabulary.pad,
             members=frozenset(parse(sid) for sid in sids),
+            sid_begin=vocabulary.sid_begin,
+            sid_end=vocabulary.sid_end,
         )
 
     @classmethod
@@ -88,6 +93,8 @@ class Catalogue:
             level_offsets=tuple(offsets_L.tolist()),
             pad_token_id=tokenizer.pad_token_id,
             members=frozenset(item_of),
+            sid_begin=tokenizer.get_vocab().get(SID_BEGIN),
+            sid_end=tokenizer.get_vocab().get(SID_END),
             spelled_codes=tuple(spelled),
         )
 

@@ -254,8 +254,7 @@ def _rollout_options(recipe: Recipe, prompt_length: int, num_levels: int, log: P
     if recipe.rollout == "vllm":
         options |= {
             f"{rollout}.logprobs_mode": "raw_logprobs",
-            # vLLM's are of that temperature, and over the full vocabulary
-            f"{rollout}.calculate_log_probs": recipe.rl.temperature == 1 and not recipe.rl.masked_actor,
+            f"{rollout}.calculate_log_probs": recipe.vllm_log_probs,
         }
     if recipe.rollout == "vllm" and device == "cpu":
         options[f"{rollout}.enforce_eager"] = True

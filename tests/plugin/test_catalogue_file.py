@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import pickle
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +147,14 @@ def test_a_vocabulary_without_the_tokens_is_refused(index: Path) -> None:
     message = r"no token for 1 codes, the first is code 30 of level b \(<s_b_30> or <b_30>\) of item '100'"
     with pytest.raises(DataError, match=message):
         Catalogue.read(index, tokenizer)
+
+
+def test_the_traceback_of_a_verl_job_says_what_to_do(index: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        Catalogue.read(index, text_tokenizer([]))
+    arrived = pickle.loads(pickle.dumps(caught.value))  # as Ray carries it
+    text = "".join(traceback.format_exception(arrived))
+    assert "no token for 6 codes" in text and "hint: add the code tokens to the model's vocabulary" in text
 
 
 def test_one_code_with_two_tokens_is_refused(index: Path) -> None:

@@ -12,27 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recast_cli.core.trie import Trie
-from recast_cli.vocabulary import Vocabulary
+from verl_recast.catalogue import Catalogue
 from verl_recast.rollout.trie_rows import TrieRows
 
 SIZES = (3, 4, 5)
 OFFSETS = (10, 13, 17)
 BEGIN, END, EOS, TEXT, VOCABULARY_SIZE = 1, 2, 3, 4, 24  # ids 22 and 23 are no tokens
-VOCABULARY = Vocabulary(
-    sid_begin=BEGIN,
-    sid_end=END,
-    pad=0,
-    level_offsets=OFFSETS,
-    codebook_sizes=SIZES,
-    num_levels=3,
-    vocab_size=22,
-    embedding_rows=VOCABULARY_SIZE,
-)
 ITEMS = [(0, 0, 0), (0, 0, 4), (0, 3, 1), (2, 1, 1), (2, 1, 2), (2, 2, 0)]  # code 1 of level 0 leads nowhere
 
 
-def rows_of(items: list[tuple[int, ...]] = ITEMS) -> TrieRows:
-    return TrieRows(Trie.from_codes(np.array(items), SIZES), VOCABULARY, "cpu")
+def rows_of(items: list[tuple[int, ...]] = ITEMS, **marks: int | None) -> TrieRows:
+    trie = Trie.from_codes(np.array(items), SIZES)
+    tokens = {"sid_begin": BEGIN, "sid_end": END, **marks}
+    return TrieRows(Catalogue(trie, OFFSETS, 0, frozenset(items), **tokens), "cpu")
 
 
 def tokens(codes: tuple[int, ...]) -> list[int]:
@@ -103,6 +95,22 @@ def test_prompt_that_ends_inside_an_item_goes_on_from_there(prompt: list[int], e
     if expected == {14, 15}:
         output.append(15)
         assert allowed(rows, 1) == [{17}]
+
+
+def test_request_can_say_that_it_is_inside_an_item() -> None:
+    """A vocabulary made elsewhere may have no marks round an item."""
+    rows, output = rows_of(sid_begin=None, sid_end=None), []
+    rows.add(0, [TEXT], output, EOS, num_given=0)
+    rows.add(1, [TEXT, *tokens((2, 1))], [], EOS, num_given=2)
+    rows.add(2, [BEGIN], [], EOS)
+    assert allowed(rows, 3) == [{10, 12}, {18, 19}, set(range(VOCABULARY_SIZE))]
+    output += tokens((0, 0, 4))
+    for _ in range(2):
+        assert allowed(rows, 3)[0] == {EOS}
+        output.append(EOS)
+    rows.add(0, [TEXT], tokens((0, 0, 4)), None, num_given=0)
+    with pytest.raises(ValueError, match="row 0 of the batch has written its item, and nothing may follow"):
+        allowed(rows, 3)
 
 
 def test_requests_keep_their_place_in_the_trie_when_their_rows_change() -> None:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from recast_cli.core.beam_group import beam_group
 from verl_recast.catalogue import Catalogue
 from verl_recast.rollout import vllm_beams
-from verl_recast.rollout.vllm_beams import expand_beams
+from verl_recast.rollout.vllm_beams import Request, expand_beams
 
 PROMPTS = [[3, 12, 13, 24, 4, 3], [3], [3, 6, 13, 27, 4, 3, 12, 16, 27, 4, 3]]
 
@@ -30,9 +30,10 @@ def test_expansions_find_the_beams_of_the_sid_engine(
     if tied:
         torch.nn.init.zeros_(model.get_input_embeddings().weight)  # tied to the head
 
-    async def ask(requests: list[tuple[list[int], list[int]]]) -> list[list[float]]:
+    async def ask(requests: list[Request]) -> list[list[float]]:
         answers = []
-        for prompt, ids in requests:
+        for prompt, given, ids in requests:
+            assert prompt[: len(prompt) - given] in PROMPTS
             assert len(ids) <= most_tokens
             with torch.no_grad():
                 log_probs = model(input_ids=torch.tensor([prompt])).logits[0, -1].log_softmax(-1)

@@ -48,6 +48,7 @@ def test_every_rollout_is_a_request_of_l_tokens_with_a_seed_of_its_own() -> None
     params = [params for _, params, _ in engine.requests]
     asked = {(p["max_tokens"], p["temperature"], p["top_p"], p["top_k"], p["logprobs"]) for p in params}
     assert asked == {(3, 0.5, 0.9, -1, True)}
+    assert all(p["extra_args"] == {"recast_given": 0} for p in params)
     assert [prompt for prompt, _, _ in engine.requests] == [[9, 4, 3]] * 3 + [[9, 8, 3]] * 3
     assert len({p["seed"] for p in params}) == len({name for _, _, name in engine.requests}) == 6
     # though they were answered in another order
@@ -71,7 +72,7 @@ def test_answer_cut_short_is_an_error() -> None:
 def test_the_trie_stands_beside_what_the_user_gave_to_the_engine() -> None:
     options = {"logits_processors": ["a:B"], "additional_config": {"c": 1}, "max_logprobs": 500, "seed": 3}
     for _ in range(2):
-        add_trie(options, "a/tokenizer")
+        add_trie(options, {"tokenizer": "a/tokenizer", "log": "x"})
         assert options == {
             "logits_processors": ["a:B", PROCESSOR],
             "additional_config": {"c": 1, "recast_tokenizer": "a/tokenizer"},
@@ -79,10 +80,10 @@ def test_the_trie_stands_beside_what_the_user_gave_to_the_engine() -> None:
             "seed": 3,
         }
     bare: dict[str, Any] = {"additional_config": None}
-    add_trie(bare, "t")
+    add_trie(bare, {"catalogue": "b.csv"})
     assert bare == {
         "logits_processors": [PROCESSOR],
-        "additional_config": {"recast_tokenizer": "t"},
+        "additional_config": {"recast_catalogue": "b.csv"},
         "max_logprobs": 128,
     }
 
@@ -99,15 +100,14 @@ def config(**changes: Any) -> RolloutConfig:
 
 def test_config_that_fits_passes_also_at_another_temperature_without_log_probs() -> None:
     require_fitting(config())
-    require_fitting(config(custom={"tokenizer": "t", "sampling": "beam"}))
+    require_fitting(config(custom={"catalogue": "b.csv", "sampling": "beam"}))
     require_fitting(config(temperature=0.7, calculate_log_probs=False))
 
 
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
-        ({"custom": {"catalogue": "b.csv"}}, r"found .*custom.catalogue=b.csv: set .*name=recast_sid"),
-        ({"custom": None}, r"^set \+actor_rollout_ref.rollout.custom=\{tokenizer: DIR\}"),
+        ({"custom": None}, r"names no catalogue: set .*custom=\{tokenizer: DIR\}"),
         (
             {"custom": {"tokenizer": "t", "sampling": "without-replacement"}},
             "sampling is without-replacement with exclude_history=False, vLLM needs iid or beam and False",
@@ -115,6 +115,10 @@ def test_config_that_fits_passes_also_at_another_temperature_without_log_probs()
         ({"custom": {"tokenizer": "t", "exclude_history": True}}, "exclude_history=True, vLLM needs"),
         ({"pipeline_model_parallel_size": 2}, "pipeline_model_parallel_size is 2, needs 1"),
         ({"logprobs_mode": "processed_logprobs"}, "logprobs_mode is processed_logprobs, needs raw_logprobs"),
+        (
+            {"custom": {"tokenizer": "t", "masked_actor": True}},
+            "calculate_log_probs is True, custom.masked_actor needs False",
+        ),
         ({"temperature": 0.7}, "temperature is 0.7, needs 1 with calculate_log_probs"),
     ],
 )

@@ -12,11 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from recast_cli.core.trie import Trie
-from recast_cli.vocabulary import Vocabulary
-
-# Entry of vLLM's `additional_config` that names the tokenizer artifact.
-TOKENIZER_KEY = "recast_tokenizer"
+from verl_recast.catalogue import Catalogue
 
 
 @dataclass
@@ -26,13 +22,13 @@ class _Answer:
     Attributes:
         given: Code tokens of the answer that its prompt holds already.
         output: The engine's own list of what it has generated; it grows, and may shrink, behind our back.
-        end: Token after `<|sid_end|>`.
+        ends: What is written after the last code, token by token; the last of them again and again.
         depth, node: Codes walked so far, and where they lead.
     """
 
     given: tuple[int, ...]
     output: list[int]
-    end: int
+    ends: tuple[int, ...]
     depth: int = 0
     node: int = 0
 
@@ -47,23 +43,30 @@ class _Answer:
 class TrieRows:
     """The rows of a batch that are writing a semantic ID, and the mask of each one's next token.
 
-    A request is constrained if its prompt ends inside a semantic ID: with `<|sid_begin|>`, or with that and
-    some codes. After the L-th code it may only write `<|sid_end|>`, and then the end token it was added with;
-    a request for L tokens never comes to that.
+    A request is constrained if it says so, or if its prompt ends inside a semantic ID: with `<|sid_begin|>`,
+    or with that and some codes. After the L-th code it may only write `<|sid_end|>`, and then the end token
+    it was added with; a request for L tokens never comes to that.
 
     Args:
-        trie: The catalogue.
-        vocabulary: Its token ids.
+        catalogue: The trie and its token ids.
         device: Where the logits are.
     """
 
-    def __init__(self, trie: Trie, vocabulary: Vocabulary, device: torch.device | str) -> None:
-        self.vocabulary = vocabulary
+    def __init__(self, catalogue: Catalogue, device: torch.device | str) -> None:
+        self.catalogue = catalogue
         # Tokens come as Python lists and are walked on the CPU; only the masks are made beside the logits.
-        self.host_trie, self.trie = trie.to("cpu"), trie.to(device)
+        self.host_trie, self.trie = catalogue.trie.to("cpu"), catalogue.trie.to(device)
         self._answers: dict[int, _Answer] = {}
 
-    def add(self, row: int, prompt: Sequence[int], output: list[int], end: int | None = None) -> None:
+    def add(
+        self,
+        row: int,
+        prompt: Sequence[int],
+        output: list[int],
+        end: int | None = None,
+        *,
+        num_given: int | None = None,
+    ) -> None:
         """Put a request into a row, in place of any that is there.
 
         Args:
@@ -71,11 +74,13 @@ class TrieRows:
             output: Generated tokens so far (more than none where the engine resumes a request); kept, and
                 read anew before each mask.
             end: Token that ends the response (default: `<|sid_end|>` once more).
+            num_given: So many tokens at the end of the prompt are codes of the answer; None asks the prompt.
         """
         self.drop(row)
-        given = self._begun(prompt)
+        given = self._begun(prompt) if num_given is None else tuple(prompt[len(prompt) - num_given :])
         if given is not None:
-            self._answers[row] = _Answer(given, output, self.vocabulary.sid_end if end is None else end)
+            ends = tuple(token for token in (self.catalogue.sid_end, end) if token is not None)
+            self._answers[row] = _Answer(given, output, ends)
 
     def drop(self, row: int) -> None:
         """Forget the request of a row, constrained or not."""
@@ -104,7 +109,7 @@ class TrieRows:
                 nodes_C = torch.tensor([answer.node for answer in at.values()], device=device)
                 self._keep_children_(logits_RV, level, rows_C, nodes_C)
         closing = {
-            row: answer.end if len(answer) > num_levels else self.vocabulary.sid_end
+            row: _closing(row, answer.ends, len(answer) - num_levels)
             for row, answer in self._answers.items()
             if answer.depth == num_levels
         }
@@ -118,9 +123,9 @@ class TrieRows:
     def _begun(self, prompt: Sequence[int]) -> tuple[int, ...] | None:
         """Code tokens after the last `<|sid_begin|>`; None where the prompt does not end inside an item."""
         tail = list(prompt[-(self.trie.num_levels + 1) :])[::-1]
-        if self.vocabulary.sid_begin not in tail:
+        if self.catalogue.sid_begin not in tail:
             return None
-        return tuple(tail[: tail.index(self.vocabulary.sid_begin)][::-1])
+        return tuple(tail[: tail.index(self.catalogue.sid_begin)][::-1])
 
     def _advance(self) -> None:
         """Walk every row down the codes that came since the last mask, level by level, all rows at once."""
@@ -134,7 +139,7 @@ class TrieRows:
             tokens_C = torch.tensor([answer.token(level) for answer in due.values()])
             nodes_C = torch.tensor([answer.node for answer in due.values()])
             children_C = self.host_trie.find(
-                level, nodes_C, tokens_C - self.vocabulary.level_offsets[level]
+                level, nodes_C, tokens_C - self.catalogue.level_offsets[level]
             ).tolist()
             for (row, answer), child in zip(due.items(), children_C, strict=True):
                 if child < 0:
@@ -145,7 +150,7 @@ class TrieRows:
     def _keep_children_(
         self, logits_RV: torch.Tensor, level: int, rows_C: torch.Tensor, nodes_C: torch.Tensor
     ) -> None:
-        begin = self.vocabulary.level_offsets[level]
+        begin = self.catalogue.level_offsets[level]
         end = begin + self.trie.codebook_sizes[level]
         if end > logits_RV.shape[1]:
             raise ValueError(f"codes use token ids up to {end - 1}, the model has {logits_RV.shape[1]}")
@@ -156,3 +161,13 @@ class TrieRows:
             raise ValueError(f"row {row} of the batch: no code that the catalogue allows has a finite logit")
         logits_RV[rows_C] = -torch.inf
         logits_RV[rows_C, begin:end] = kept_CK
+
+
+def _closing(row: int, ends: tuple[int, ...], num_written: int) -> int:
+    """The token that follows a whole semantic ID and `num_written` tokens behind it."""
+    if not ends:
+        raise ValueError(
+            f"row {row} of the batch has written its item, and nothing may follow: the vocabulary has no "
+            "<|sid_end|> and the request no end token; ask for as many tokens as there are levels"
+        )
+    return ends[min(num_written, len(ends) - 1)]

@@ -20,8 +20,22 @@ from recast_cli.core.trie import Trie
 
 MAX_LOGPROB_TOKENS = 128  # of one request (vLLM 0.24 to 0.28)
 
-# Prompts with the tokens whose full-vocabulary log-probs are asked for, to one list of log-probs each.
-Ask = Callable[[list[tuple[list[int], list[int]]]], Awaitable[list[list[float]]]]
+
+class Request(NamedTuple):
+    """One question to the engine.
+
+    Attributes:
+        prompt: Token ids, with the codes that the beam has already.
+        num_given: How many of them are those codes.
+        tokens: Next tokens whose full-vocabulary log-probs are asked for.
+    """
+
+    prompt: list[int]
+    num_given: int
+    tokens: list[int]
+
+
+Ask = Callable[[list[Request]], Awaitable[list[list[float]]]]  # a list of log-probs for each request
 
 
 class _Beam(NamedTuple):
@@ -48,10 +62,10 @@ async def expand_beams(
     fronts = [[_Beam(np.float32(0), 0, (), (), ())] for _ in prompts]
     for level in range(trie.num_levels):
         asked = list(_requests(trie, level_offsets, prompts, fronts, level))
-        log_probs = await ask([(request, tokens) for _, _, request, tokens in asked])
+        log_probs = await ask([request for _, _, request in asked])
         children: dict[tuple[int, int], list[tuple[int, float]]] = {}
-        for (b, w, _, tokens), found in zip(asked, log_probs, strict=True):
-            children.setdefault((b, w), []).extend(zip(tokens, found, strict=True))
+        for (b, w, request), found in zip(asked, log_probs, strict=True):
+            children.setdefault((b, w), []).extend(zip(request.tokens, found, strict=True))
         grown: list[list[_Beam]] = [[] for _ in prompts]
         for (b, w), scored in children.items():
             grown[b] += _grow(fronts[b][w], scored, trie.ptr[level], level_offsets[level])
@@ -83,8 +97,8 @@ def _requests(
     prompts: Sequence[Sequence[int]],
     fronts: list[list[_Beam]],
     level: int,
-) -> Iterator[tuple[int, int, list[int], list[int]]]:
-    """Prompt number, beam number, tokens to read and child tokens to score of each request."""
+) -> Iterator[tuple[int, int, Request]]:
+    """Prompt number and beam number of each request, for all children of each live beam."""
     ptr, codes = trie.ptr[level].tolist(), trie.codes[level]
     for b, beams in enumerate(fronts):
         for w, beam in enumerate(beams):
@@ -92,7 +106,7 @@ def _requests(
             for first in range(ptr[beam.node], ptr[beam.node + 1], MAX_LOGPROB_TOKENS):
                 end = min(first + MAX_LOGPROB_TOKENS, ptr[beam.node + 1])
                 children = (codes[first:end].long() + level_offsets[level]).tolist()
-                yield b, w, [*prompts[b], *written], children
+                yield b, w, Request([*prompts[b], *written], level, children)
 
 
 def _packed(fronts: list[list[_Beam]], leaf_item: list[int], num_levels: int, beam_width: int) -> Rollouts:

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from recast_cli.core.seeding import hash64
+from verl_recast.catalogue import NEEDED
 from verl_recast.rollout.group_sampling import require_sampling
-from verl_recast.rollout.trie_rows import TOKENIZER_KEY
 from verl_recast.rollout.vllm_beams import MAX_LOGPROB_TOKENS
 
 PROCESSOR = "verl_recast.rollout.vllm_trie:TrieLogitsProcessor"
+
+CATALOGUE_KEYS = ("tokenizer", "catalogue")  # of `rollout.custom`; in vLLM's `additional_config` recast_...
+# Entry of a request's `extra_args`: so many tokens at the end of its prompt are codes of the answer.
+GIVEN = "recast_given"
 
 # verl's server: (prompt_ids, sampling_params, request_id) to a TokenOutput.
 Generate = Callable[[list[int], dict[str, Any], str], Awaitable[Any]]
@@ -59,6 +63,7 @@ async def sample_groups(
             "top_k": -1,
             "seed": request_seed,
             "logprobs": True,
+            "extra_args": {GIVEN: 0},
         }
         output = await generate(list(prompt), params, uuid.uuid4().hex)
         if len(output.token_ids) != num_levels:
@@ -81,17 +86,18 @@ async def sample_groups(
     return tokens_BGL, log_probs_BGL
 
 
-def add_trie(options: dict[str, Any], tokenizer: str) -> None:
+def add_trie(options: dict[str, Any], custom: Mapping[str, Any]) -> None:
     """Put the trie logits processor among vLLM's engine arguments, beside what is there, in place.
 
     Args:
         options: `rollout.engine_kwargs.vllm`.
-        tokenizer: Tokenizer artifact.
+        custom: `rollout.custom`, which names the catalogue.
     """
     others = [name for name in options.get("logits_processors") or [] if name != PROCESSOR]
     options["logits_processors"] = [*others, PROCESSOR]
     additional = dict(options.get("additional_config") or {})
-    options["additional_config"] = {**additional, TOKENIZER_KEY: tokenizer}
+    named = {f"recast_{key}": str(custom[key]) for key in CATALOGUE_KEYS if custom.get(key)}
+    options["additional_config"] = additional | named
     options.setdefault("max_logprobs", MAX_LOGPROB_TOKENS)  # beams ask for that many
 
 
@@ -106,12 +112,8 @@ def require_fitting(config: Any) -> None:
     """
     prefix = "actor_rollout_ref.rollout"
     custom = config.custom or {}
-    if not custom.get("tokenizer"):
-        found = f"found {prefix}.custom.catalogue={custom['catalogue']}: " if custom.get("catalogue") else ""
-        raise ValueError(
-            f"{found}set +{prefix}.custom={{tokenizer: DIR}} (a folder of recast build-tokenizer); "
-            "catalogues made elsewhere need rollout.name=recast_sid"
-        )
+    if not any(custom.get(key) for key in CATALOGUE_KEYS):
+        raise ValueError(f"rollout.custom names no catalogue: {NEEDED}")
     require_sampling(config)
     sampling = custom.get("sampling", "iid")
     if sampling not in ("iid", "beam") or custom.get("exclude_history"):
@@ -129,6 +131,11 @@ def require_fitting(config: Any) -> None:
         raise ValueError(
             f"{prefix}.logprobs_mode is {config.logprobs_mode}, needs raw_logprobs: beams, and the "
             "comparison with the actor, are over the full vocabulary"
+        )
+    if config.calculate_log_probs and custom.get("masked_actor") and sampling == "iid":
+        raise ValueError(
+            f"{prefix}.calculate_log_probs is True, custom.masked_actor needs False: vLLM's raw log-probs "
+            "are over the full vocabulary, the actor's over the trie"
         )
     if config.calculate_log_probs and config.temperature != 1:
         raise ValueError(

@@ -22,9 +22,9 @@ from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, 
 from vllm import SamplingParams
 
 from verl_recast import VLLM_ROLLOUT_NAME
-from verl_recast.catalogue import Catalogue
-from verl_recast.rollout.vllm_beams import expand_beams
-from verl_recast.rollout.vllm_groups import add_trie, require_fitting, sample_groups
+from verl_recast.catalogue import require_catalogue
+from verl_recast.rollout.vllm_beams import Request, expand_beams
+from verl_recast.rollout.vllm_groups import GIVEN, add_trie, require_fitting, sample_groups
 
 _POLL_MS = 500
 
@@ -35,11 +35,11 @@ class TrieVLLMServer(vLLMHttpServer):
     def _validate_configs(self) -> None:
         super()._validate_configs()
         require_fitting(self.config)
-        self.catalogue = Catalogue.load(self.config.custom["tokenizer"])
+        self.catalogue = require_catalogue(self.config.custom, self.model_config.tokenizer)
 
     def _preprocess_engine_kwargs(self, engine_kwargs: dict[str, Any]) -> None:
         super()._preprocess_engine_kwargs(engine_kwargs)
-        add_trie(engine_kwargs, self.config.custom["tokenizer"])
+        add_trie(engine_kwargs, self.config.custom)
         if get_platform().device_name == "cpu":
             engine_kwargs["enable_sleep_mode"] = False  # vLLM's CPU build has no memory to give back
 
@@ -89,14 +89,21 @@ class TrieVLLMServer(vLLMHttpServer):
             "global_steps": self.global_steps,
         }
 
-    async def _child_log_probs(self, requests: list[tuple[list[int], list[int]]]) -> list[list[float]]:
+    async def _child_log_probs(self, requests: list[Request]) -> list[list[float]]:
         if self.lora_as_adapter:
             raise ValueError("beams need whole weights: set actor_rollout_ref.model.lora.merge=True")
-        return await asyncio.gather(*(self._log_probs(prompt, tokens) for prompt, tokens in requests))
+        return await asyncio.gather(*map(self._log_probs, requests))
 
-    async def _log_probs(self, prompt: list[int], tokens: list[int]) -> list[float]:
+    async def _log_probs(self, request: Request) -> list[float]:
         """Full-vocabulary log-probs of some next tokens; verl's `generate` gives the drawn one's only."""
-        params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=len(tokens), logprob_token_ids=tokens)
+        prompt, given, tokens = request
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            logprobs=len(tokens),
+            logprob_token_ids=tokens,
+            extra_args={GIVEN: given},
+        )
         answers = self.engine.generate({"prompt_token_ids": prompt}, params, uuid.uuid4().hex)
         output = [answer async for answer in answers][-1].outputs[0]
         return [output.logprobs[0][token].logprob for token in tokens]

@@ -7,6 +7,7 @@
 set -euo pipefail
 form=$1 data=$(realpath "$2")
 shift 2
+export VERL_FILE_LOGGER_PATH=${VERL_FILE_LOGGER_PATH:-$data/metrics.jsonl} # a line a step
 
 # -- What was there: verl's own options ------------------------------------------------------------------
 stock=(
@@ -45,6 +46,7 @@ stock=(
     trainer.save_freq=-1
     trainer.test_freq=-1
     trainer.total_epochs=15
+    hydra.run.dir="$data/hydra"
 )
 
 # -- What is added: the method, and rollouts that are items of the catalogue -----------------------------
@@ -67,6 +69,8 @@ recast=(
     actor_rollout_ref.rollout.name=recast_sid
     +actor_rollout_ref.rollout.custom="$catalogue"
     +actor_rollout_ref.rollout.agent.agent_loop_manager_class=verl_recast.rollout.agent_loop.GroupLoopManager
+    trainer.v1.sampler.custom_sampler.path=pkg://verl_recast.sampler
+    trainer.v1.sampler.custom_sampler.name=QuickReplayBuffer
     "${prompts[@]}"
 )
 

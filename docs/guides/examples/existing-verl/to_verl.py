@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -56,4 +57,5 @@ def minionerec(rows: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    {"openonerec": openonerec, "minionerec": minionerec}[sys.argv[1]](*sys.argv[2:])
+    convert: dict[str, Callable[..., None]] = {"openonerec": openonerec, "minionerec": minionerec}
+    convert[sys.argv[1]](*sys.argv[2:])

@@ -1,4 +1,4 @@
-"""Dataset and tokenizer for the plugin's tests, made by the real stages from the synthetic source."""
+"""Dataset and tokenizer for several folders of tests, made by the real stages from the synthetic source."""
 
 from __future__ import annotations
 

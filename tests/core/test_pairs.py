@@ -1,0 +1,102 @@
+"""Repair, contrast and drop in one call, against hand-worked groups and plain loops."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recast_cli.core.pairs import choose_pairs
+from recast_cli.core.seeding import tie_keys
+
+TARGET, SIBLING, COUSIN, STRANGER = (1, 1, 1), (1, 1, 2), (1, 2, 2), (3, 3, 3)
+
+
+def everything(num_groups: int, width: int) -> np.ndarray:
+    return np.ones((num_groups, width), dtype=bool)
+
+
+def test_three_groups_by_hand() -> None:
+    codes_BGL = np.array(
+        [
+            [COUSIN, SIBLING, STRANGER],  # u = .01, .1, 0: the stranger becomes the anchor
+            [STRANGER, TARGET, COUSIN],  # a natural hit; the cousin is the hardest miss
+            [TARGET, TARGET, TARGET],  # no negative
+        ]
+    )
+    before = codes_BGL.copy()
+    found = choose_pairs(
+        codes_BGL,
+        everything(3, 3),
+        [[TARGET]] * 3,
+        np.array([4, 5, 6]),
+        seed=0,
+        step=0,
+        w_positive=2.0,
+        w_negative=0.25,
+    )
+    assert found.kept_B2[:2].tolist() == [[2, 1], [1, 2]]
+    assert found.repaired_B.tolist() == [True, False, False]
+    assert found.codes_B2L[:2].tolist() == [[[*TARGET], [*SIBLING]], [[*TARGET], [*COUSIN]]]
+    assert found.advantages_B2.tolist() == [[2.0, -0.25], [2.0, -0.25], [0.0, 0.0]]
+    assert found.trainable_B.tolist() == [True, True, False]
+    assert found.signal["all_zero"] == found.signal["single_hit"] == found.signal["multi_hit"] == 1 / 3
+    assert found.signal["all_zero_after_repair"] == 0.0
+    assert (codes_BGL == before).all()
+
+
+def test_a_rollout_without_a_semantic_id_is_replaced_first_and_negative_last() -> None:
+    valid_BG = np.tile([True, False, False, True], (20, 1))
+    valid_BG[10:] = False
+    codes_BGL = np.where(valid_BG[..., None], np.array(STRANGER), -1)
+    found = choose_pairs(codes_BGL, valid_BG, [[TARGET]] * 20, np.arange(20), seed=0, step=0)
+    assert set(found.kept_B2[:10, 0].tolist()) == {1, 2}
+    assert found.codes_B2L[:10].tolist() == [[[*TARGET], [*STRANGER]]] * 10
+    assert found.codes_B2L[10:].tolist() == [[[*TARGET], [-1, -1, -1]]] * 10  # nothing better was there
+    assert found.trainable_B.all()
+
+
+def test_every_target_can_be_the_anchor_and_counts_as_a_hit() -> None:
+    other = (2, 2, 2)
+    codes_BGL = np.array([[STRANGER, STRANGER]] * 50 + [[other, STRANGER]])
+    targets = [[TARGET, other]] * 50 + [[TARGET, other, (4, 4, 4)]]
+    found = choose_pairs(codes_BGL, everything(51, 2), targets, np.arange(51), seed=0, step=0)
+    assert {tuple(codes) for codes in found.codes_B2L[:50, 0].tolist()} == {TARGET, other}
+    assert found.codes_B2L[50].tolist() == [[*other], [*STRANGER]]
+
+
+@pytest.mark.parametrize("targets", [[[TARGET], []], [[TARGET], [(1, 1)]]])
+def test_a_prompt_needs_targets_of_as_many_codes(targets: list[list[tuple[int, ...]]]) -> None:
+    codes_BGL = np.zeros((2, 2, 3), dtype=np.int64)
+    with pytest.raises(ValueError, match="needed at least one, of 3 codes"):
+        choose_pairs(codes_BGL, everything(2, 2), targets, np.arange(2), seed=0, step=0)
+
+
+def reference(
+    codes_GL: list[list[int]], target: list[int], keys_G: list[int]
+) -> tuple[list[int], bool, bool]:
+    """Places of i+ and i-, whether the group was repaired, and whether it trains: the definition in loops."""
+
+    def shared(codes: list[int]) -> int:
+        return next((i for i in range(3) if codes[i] != target[i]), 3)
+
+    u = [(0, 0.01, 0.1, 1)[shared(codes)] for codes in codes_GL]
+    places, repaired = range(len(codes_GL)), 1 not in u
+    best = max(places, key=lambda i: (-u[i] if repaired else u[i] == 1, keys_G[i]))
+    misses = [i for i in places if u[i] < 1 and i != best]
+    worst = max(misses, key=lambda i: (u[i], keys_G[i]), default=len(u) - 1)
+    return [best, worst], repaired, bool(misses)
+
+
+@given(seed=st.integers(0, 2**32), width=st.integers(2, 9))
+def test_plain_loops_choose_alike(seed: int, width: int) -> None:
+    codes_BGL = np.random.default_rng(seed).integers(0, 2, (7, width, 3))
+    targets, index_B = [[(1, 0, 1)]] * 7, np.arange(20, 27)
+    found = choose_pairs(codes_BGL, everything(7, width), targets, index_B, seed=3, step=5)
+    keys_BG = tie_keys(3, 5, index_B, width)
+    for b in range(7):
+        places, repaired, trains = reference(codes_BGL[b].tolist(), [1, 0, 1], keys_BG[b].tolist())
+        assert found.kept_B2[b].tolist() == places
+        assert (bool(found.repaired_B[b]), bool(found.trainable_B[b])) == (repaired, trains)
+        assert found.advantages_B2[b].tolist() == ([1.0, -1.0] if trains else [0.0, 0.0])
