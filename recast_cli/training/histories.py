@@ -24,7 +24,7 @@ def add_histories(rows: pa.Table, data: Path) -> pa.Table:
         `semantic_ids.parquet`), in time order.
 
     Raises:
-        DataError: a row whose index does not lead to its target.
+        DataError: a row whose index does not lead to its target, or whose history leaves no item.
     """
     events = pq.read_table(data / "interactions.parquet", columns=["item_id", "position"])
     items = pq.read_table(data / "items.parquet", columns=["item_id"])["item_id"].combine_chunks()
@@ -41,6 +41,12 @@ def add_histories(rows: pa.Table, data: Path) -> pa.Table:
             "rerun recast prepare-data and recast build-tokenizer",
         )
     histories = [item_E[index - position_E[index] : index] for index in index_R]
+    for index, history in zip(index_R.tolist(), histories, strict=True):
+        if len(history) >= len(items) and len(np.unique(history)) == len(items):
+            raise DataError(
+                f"the history of RL row {index} holds all {len(items)} items, needed one left to answer",
+                "set rl.exclude_history=false",
+            )
     fields = {extra_info.type.field(i).name: extra_info.field(i) for i in range(extra_info.type.num_fields)}
     fields["history"] = pa.array(histories, pa.list_(pa.int32()))
     column = pa.StructArray.from_arrays(list(fields.values()), names=list(fields))

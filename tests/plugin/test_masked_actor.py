@@ -1,6 +1,6 @@
 """The masked actor in verl's own worker: log-probs against the rollout server's, gradients against autograd.
 
-The rows: sampled answers, an anchor that nobody sampled, a row that only fills the batch up.
+The rows: sampled answers, an anchor that nobody sampled, two rows that only fill the batch up.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from recast_cli.vocabulary import encode_prompts
 from verl_recast.catalogue import Catalogue
 from verl_recast.masked_actor import require_maskable
 
-NUM_PROMPTS, GROUP, TEMPERATURE = 4, 3, 1.0
-PADDING = NUM_PROMPTS * GROUP  # where the row that only fills up stands
+NUM_PROMPTS, GROUP, TEMPERATURE = 4, 3, 0.7
+PADDING = NUM_PROMPTS * GROUP  # where the rows begin that only fill up
 WEIGHTS = [1.0, -1.0, 0.5]  # advantages inside each group
 
 
@@ -56,11 +56,11 @@ def rows(tokenizer_folder: Path) -> list[dict[str, torch.Tensor]]:
                     "trie_log_probs": torch.from_numpy(trie_L),
                 }
             )
-    return [*made, padding_row()]
+    return [*made, padding_row(), padding_row()]
 
 
 def case(
-    rows: list[dict[str, torch.Tensor]], tokenizer: Path, *, packed: bool, infer: bool
+    rows: list[dict[str, torch.Tensor]], tokenizer: Path, *, packed: bool, infer: bool, ranks: int = 1
 ) -> dict[str, Any]:
     names = [name for name in rows[0] if name != "trie_log_probs"]
     return {
@@ -78,7 +78,7 @@ def case(
             "dataloader_kwargs": {"shuffle": False},
             "temperature": TEMPERATURE,
             "use_dynamic_bsz": False,
-            "micro_batch_size_per_gpu": len(rows),
+            "micro_batch_size_per_gpu": len(rows) // ranks,
             "max_token_len_per_gpu": 128,
         },
         "actor": {"loss_agg_mode": "token-mean", "use_kl_loss": False, "entropy_coeff": 0.0},
@@ -102,7 +102,7 @@ def plain_trie_log_probs(
     model: Any, catalogue: Catalogue, row: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs (3,) of the response over the allowed codes and their entropies, by a loop over the items."""
-    logits = model(input_ids=row["input_ids"][None]).logits[0]
+    logits = model(input_ids=row["input_ids"][None]).logits[0] / TEMPERATURE
     codes = (row["responses"] - torch.tensor(catalogue.level_offsets)).tolist()
     log_probs, entropies = [], []
     for level, offset in enumerate(catalogue.level_offsets):
@@ -126,11 +126,12 @@ def test_old_log_probs_are_what_rollouts_were_drawn_with(
     log_probs, entropies = found[packed, True]
     for place, row in enumerate(rows):
         with torch.no_grad():
-            plain = model(input_ids=row["input_ids"][None]).logits[0].log_softmax(-1)
+            plain = (model(input_ids=row["input_ids"][None]).logits[0] / TEMPERATURE).log_softmax(-1)
         # every token's own successor, but for the last, whose label is whatever verl rolled in
-        labels, full = row["input_ids"][1:], plain[:-1].gather(1, row["input_ids"][1:, None])[:, 0]
+        full = plain[:-1].gather(1, row["input_ids"][1:, None])[:, 0]
+        assert len(full) == len(log_probs[place]) - 1
         answer = slice(len(row["prompts"]) - 1, None)
-        if place == PADDING:
+        if place >= PADDING:
             torch.testing.assert_close(log_probs[place][:-1], full, atol=1e-5, rtol=0)
             continue
         prompt = slice(0, len(row["prompts"]) - 1)
@@ -144,7 +145,6 @@ def test_old_log_probs_are_what_rollouts_were_drawn_with(
             torch.testing.assert_close(
                 log_probs[place][:-1][answer], row["trie_log_probs"], atol=1e-5, rtol=0
             )
-        assert len(labels) == len(log_probs[place]) - 1
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -167,6 +167,18 @@ def test_gradient_is_autograds_of_the_masked_policy(
     (gradient,) = found[packed, False]
     assert expected.norm() > 1e-3
     assert (gradient - expected).norm() < 2e-5 * expected.norm()
+
+
+def test_two_sharded_ranks_have_the_gradient_of_one(
+    found: dict[tuple[bool, bool], list[Any]],
+    rows: list[dict[str, torch.Tensor]],
+    tokenizer_folder: Path,
+    tmp_path: Path,
+) -> None:
+    shared = case(rows, tokenizer_folder, packed=False, infer=False, ranks=2)
+    ((gradient,),) = gradients([shared], 2, tokenizer_folder / "model", tmp_path)
+    (alone,) = found[False, False]
+    assert (gradient - alone).norm() < 2e-5 * alone.norm()
 
 
 @pytest.mark.parametrize(

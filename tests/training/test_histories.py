@@ -55,3 +55,19 @@ def test_rows_of_another_dataset_are_refused(rendered: tuple[Path, pa.Table], tm
     prepare(source(config), Params(history=2), tmp_path / "other")
     with pytest.raises(DataError, match=r"RL row with index \d+ is no event of its target"):
         add_histories(rows, tmp_path / "other")
+
+
+def test_a_history_of_the_whole_catalogue_is_refused(tmp_path: Path) -> None:
+    """A user who had both items already, and then one of them again."""
+    pq.write_table(pa.table({"item_id": ["a", "b"]}), tmp_path / "items.parquet")
+    events = {"item_id": ["a", "b", "a", "a"], "position": pa.array([0, 1, 2, 0], pa.int32())}
+    pq.write_table(pa.table(events), tmp_path / "interactions.parquet")
+
+    def rows(index: int, target: str) -> pa.Table:
+        return pa.table({"extra_info": [{"index": index, "target_item_id": target}]})
+
+    fine = add_histories(rows(1, "b"), tmp_path)
+    assert fine["extra_info"].to_pylist() == [{"index": 1, "target_item_id": "b", "history": [0]}]
+    assert add_histories(rows(3, "a"), tmp_path)["extra_info"].to_pylist()[0]["history"] == []
+    with pytest.raises(DataError, match="history of RL row 2 holds all 2 items"):
+        add_histories(rows(2, "a"), tmp_path)

@@ -286,6 +286,7 @@ def test_vllm_gets_the_question_of_the_sid_engine(make_recipe) -> None:
     }
     cool = parse(rl(make_recipe(rollout="vllm", rl={"temperature": 0.7})))
     assert cool[f"{prefix}.calculate_log_probs"] is False
+    # what vLLM says of its samples is over the full vocabulary: not to be compared with a masked actor
     masked = parse(rl(make_recipe(rollout="vllm", rl={"masked_actor": True})))
     assert masked[f"{prefix}.calculate_log_probs"] is False
 
