@@ -17,8 +17,6 @@ import pytest
 from jobs import main_ppo
 from sealing import reseal
 
-pytestmark = [pytest.mark.verl, pytest.mark.xdist_group("jobs")]
-
 ROOT = Path(__file__).parents[2]
 README, GUIDE = ROOT / "README.md", ROOT / "docs" / "guides" / "existing-verl.md"
 EXAMPLE = GUIDE.parent / "examples" / "existing-verl"
@@ -96,6 +94,8 @@ def test_readme_and_guide_give_the_same_lines() -> None:
     assert {"algorithm.adv_estimator=recast", "trainer.v1.trainer_mode=recast"} < set(found)
 
 
+@pytest.mark.verl
+@pytest.mark.xdist_group("jobs")
 def test_readmes_lines_turn_a_stock_grpo_command_into_recast(tokenizer_folder: Path, tmp_path: Path) -> None:
     """With verl's own agent loop: one request a rollout, and the reward from decoded text. The catalogue
     lacks half its items, so that invalid answers must be counted."""
@@ -136,6 +136,8 @@ WITH_VLLM = [
 ]
 
 
+@pytest.mark.verl
+@pytest.mark.xdist_group("jobs")
 @pytest.mark.parametrize(
     ("form", "prompt_ends", "targets", "options"),
     [

@@ -14,6 +14,7 @@ from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
+from recast_cli.core.spelling import parse
 from recast_cli.tokenizer.model import bare_tokenizer
 from recast_cli.tokenizer.vocabulary import add_semantic_ids
 from verl_recast.groups import response_fields
@@ -260,6 +261,22 @@ def test_what_is_no_item_is_replaced_first_and_is_no_negative(tokenizer: Any) ->
     assert small.keys == ["u1_1_0", "u1_2_0"]
     assert metrics["signal/invalid"] == pytest.approx(1 / 3)
     assert metrics["signal/mean_score"] == pytest.approx(0.01 / 3)
+
+
+def test_target_of_no_item_lends_nothing_and_is_counted(tokenizer: Any) -> None:
+    """A group that nobody could hit would be repaired with what the catalogue does not hold, every time."""
+    batch, metrics = put(tokenizer, [EMPTY], "foreign"), {}
+    made = trainer(tokenizer, 1)
+    made.config.data.train_batch_size = 1
+    items = frozenset(parse(text) for text in (NEAR, FAR, FARTHEST))
+    made.members = items
+    made._balance_batch(batch, metrics)
+    assert (metrics["signal/foreign_targets"], metrics["signal/unrepairable_groups"]) == (1, 1)
+    assert (metrics["signal/repaired_groups"], metrics["signal/skipped_groups"]) == (0, 1)
+    batch, metrics = put(tokenizer, [EMPTY], "known"), {}
+    made.members = items | {parse(TARGET)}
+    made._balance_batch(batch, metrics)
+    assert (metrics["signal/foreign_targets"], metrics["signal/repaired_groups"]) == (0, 1)
 
 
 def test_rows_of_one_index_are_refused(tokenizer: Any) -> None:

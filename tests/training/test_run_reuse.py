@@ -15,9 +15,11 @@ from training_artifacts import (
     finish_warm_start,
     model_of,
 )
+from typer.testing import CliRunner
 
 from recast_cli.demo import why_stale
 from recast_cli.errors import ArtifactError, EnvironmentFault
+from recast_cli.main import app
 from recast_cli.recipe import Recipe, dump_recipe
 from recast_cli.training import run, run_directory
 from recast_cli.training.inputs import Inputs
@@ -275,3 +277,22 @@ def test_a_run_with_a_checkpoint_or_a_metric_is_worth_keeping(tmp_path: Path) ->
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "metrics.jsonl").write_text('{"step": 1, "data": {}}\n', encoding="utf-8")
     assert run_directory.made_a_step(tmp_path / "other")
+
+
+def test_a_dry_run_shows_where_it_would_go_on(make_recipe, inputs: Inputs, tmp_path: Path) -> None:
+    recipe = make_recipe()
+    unfinished(recipe, inputs, checkpoint=True)
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    shown = [
+        CliRunner().invoke(app, ["train", str(tmp_path / "recipe.yaml"), "--dry-run", *more]).stdout
+        for more in ([], ["--resume"])
+    ]
+    found = ["global_step_1" in text for text in shown]
+    assert found == [False, True] and "trainer.resume_mode=resume_path" in shown[1]
+
+
+def test_a_warm_start_is_not_resumed(make_recipe, tmp_path: Path) -> None:
+    text = dump_recipe(make_recipe(method={"name": "sft"}))
+    (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
+    done = CliRunner().invoke(app, ["train", str(tmp_path / "recipe.yaml"), "--resume"])
+    assert "method sft is the warm start alone" in str(done.exception)
