@@ -154,8 +154,14 @@ BODIES = {
     # loss_scale.py: what losses divide by
     ("verl.trainer.ppo.core_algos", "agg_loss"): "fd052ff7eb53",
     # masked_actor.py: where logits become log-probs, and the workers whose engines do it
-    ("verl.workers.engine.fsdp.transformer_impl", "FSDPEngineWithLMHead.prepare_model_inputs"): "e7a30a3b61b5",
-    ("verl.workers.engine.fsdp.transformer_impl", "FSDPEngineWithLMHead.prepare_model_outputs"): "5239f536e8f6",
+    (
+        "verl.workers.engine.fsdp.transformer_impl",
+        "FSDPEngineWithLMHead.prepare_model_inputs",
+    ): "e7a30a3b61b5",
+    (
+        "verl.workers.engine.fsdp.transformer_impl",
+        "FSDPEngineWithLMHead.prepare_model_outputs",
+    ): "5239f536e8f6",
     ("verl.workers.engine_workers", "ActorRolloutRefWorker.init_model"): "d1598903d824",
     # __init__.py: the config is checked before Ray
     ("verl.trainer.main_ppo", "main"): "eb706c4f6622",
