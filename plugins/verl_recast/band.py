@@ -6,11 +6,13 @@ else without a word.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import sys
 
 from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion
 
 # Also in pyproject.toml, where a resolver reads them (a test compares). Of vLLM both ends run in tests.
 TESTED = {"verl": ">=0.9.1,<0.10", "TransferQueue": ">=0.1.10,<0.2", "vllm": ">=0.24,<0.29"}
@@ -34,8 +36,9 @@ def problem(name: str) -> str | None:
     found, band = installed(name), TESTED[name]
     if found is None or os.environ.get(OVERRIDE) == "1":
         return None
-    if SpecifierSet(band).contains(found, prereleases=True):
-        return None
+    with contextlib.suppress(InvalidVersion):  # "dev", from a checkout without tags
+        if SpecifierSet(band).contains(found, prereleases=True):
+            return None
     return (
         f"{name} {found} is outside the versions that verl_recast is tested with ({band}): install one of "
         f"them, or set {OVERRIDE}=1 to try this one"

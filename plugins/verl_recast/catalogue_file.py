@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,11 @@ def read_catalogue_file(path: Path) -> dict[tuple[int, ...], str]:
     item_of: dict[tuple[int, ...], str] = {}
     for name, codes in codes_of.items():
         item_of.setdefault(codes, name)
-    if len(item_of) < len(codes_of):
-        logger.warning("%s: %d items share %d semantic IDs", path, len(codes_of), len(item_of))
+    sharing = [count for count in Counter(codes_of.values()).values() if count > 1]
+    if sharing:
+        logger.warning(
+            "%s: %d of %d items share %d semantic IDs", path, sum(sharing), len(codes_of), len(sharing)
+        )
     return item_of
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from verl_recast import ROLLOUT_NAME, VLLM_ROLLOUT_NAME, masked_actor
-from verl_recast.settings import ESTIMATOR, TRAINER_MODE, RecastSettings
+from verl_recast.settings import ESTIMATOR, TRAINER_MODE, RecastSettings, RolloutSettings
 
+ENGINES = (ROLLOUT_NAME, VLLM_ROLLOUT_NAME)
 KEPT_PER_GROUP = 2
 
 
@@ -30,7 +31,7 @@ def check_config(config: Any) -> None:
     _check_batches(config, KEPT_PER_GROUP if settings.contrasts else worker.rollout.n)
     _require(not worker.actor.shuffle, "actor.shuffle", True, "False (mini-batches are laid out by prompt)")
     _check_loss(worker)
-    _check_catalogue(worker.rollout)
+    _check_rollout(worker.rollout)
     _check_lora(worker, config.trainer.get("device"))
     if masked_actor.wanted(worker):
         masked_actor.require_maskable(worker)
@@ -94,7 +95,9 @@ def _check_batches(config: Any, width: int) -> None:
     _require(
         batch % prompts == 0, "data.train_batch_size", batch, f"a multiple of ppo_mini_batch_size={prompts}"
     )
-    ranks, kept = config.trainer.n_gpus_per_node * config.trainer.nnodes, prompts * width
+    fsdp = actor.get("fsdp_config") or {}
+    shared = max(section.get("ulysses_sequence_parallel_size", 1) for section in (actor, fsdp))
+    ranks, kept = max(1, config.trainer.n_gpus_per_node * config.trainer.nnodes // shared), prompts * width
     needed = f"a number whose kept rows ({width} a prompt) {ranks} ranks can share"
     _require(kept % ranks == 0, "actor.ppo_mini_batch_size", prompts, needed)
     sections = [("actor.ppo", actor.use_dynamic_bsz, actor.ppo_micro_batch_size_per_gpu)]
@@ -115,23 +118,31 @@ def _check_batches(config: Any, width: int) -> None:
 
 def _check_loss(worker: Any) -> None:
     """A loss whose scale would depend on the micro-batch; an engine that this trainer was not made for."""
-    _require(worker.actor.strategy != "megatron", "actor.strategy", "megatron", "fsdp or fsdp2")
-    ragged = worker.rollout.get("name") not in (ROLLOUT_NAME, VLLM_ROLLOUT_NAME)
+    strategy = worker.actor.strategy
+    _require(strategy in ("fsdp", "fsdp2"), "actor.strategy", strategy, "fsdp or fsdp2")
+    ragged = worker.rollout.get("name") not in ENGINES
     unset = worker.actor.loss_agg_mode == "seq-mean-token-sum-norm" and worker.actor.loss_scale_factor is None
     needed = "a number (data.max_response_length is usual): it divides by the width of the micro-batch else"
     _require(not (unset and ragged), "actor.loss_scale_factor", None, needed)
 
 
-def _check_catalogue(rollout: Any) -> None:
-    """The SID engine needs a catalogue; its prompts are completed by its own agent loop only."""
-    custom = rollout.get("custom") or {}
-    named = [name for name in ("tokenizer", "catalogue") if custom.get(name)]
-    if rollout.get("name") == ROLLOUT_NAME or len(named) > 1:
+def _check_rollout(rollout: Any) -> None:
+    """Our engines answer with items of a catalogue, our agent loop asks no other engine."""
+    name, manager = rollout.get("name"), str(rollout.agent.get("agent_loop_manager_class") or "")
+    custom = dict(rollout.get("custom") or {})
+    named = [key for key in ("tokenizer", "catalogue") if custom.get(key)]
+    is_ours, asks_for_groups = name in ENGINES, manager.startswith("verl_recast.")
+    if is_ours or len(named) > 1:
         needed = "one of tokenizer (a folder of recast build-tokenizer) and catalogue (a file made elsewhere)"
-        _require(len(named) == 1, "rollout.custom", f"{dict(custom)}", needed)
-    manager, prefix = rollout.agent.get("agent_loop_manager_class"), custom.get("answer_prefix")
+        _require(len(named) == 1, "rollout.custom", f"{custom}", needed)
+    if is_ours or asks_for_groups:
+        RolloutSettings.from_custom(custom)
+        _require(rollout.temperature > 0, "rollout.temperature", rollout.temperature, "a number above 0")
+    needed = f"{' or '.join(ENGINES)} (rollout.agent.agent_loop_manager_class is {manager})"
+    _require(is_ours or not asks_for_groups, "rollout.name", name, needed)
+    prefix = custom.get("answer_prefix")
     needed = f"verl_recast.rollout.agent_loop.GroupLoopManager (rollout.custom.answer_prefix is {prefix!r})"
-    _require(bool(manager) or not prefix, "rollout.agent.agent_loop_manager_class", manager, needed)
+    _require(bool(manager) or not prefix, "rollout.agent.agent_loop_manager_class", manager or None, needed)
 
 
 def _check_lora(worker: Any, device: str | None) -> None:
@@ -142,7 +153,9 @@ def _check_lora(worker: Any, device: str | None) -> None:
         return
     needed = "0 on the CPU platform (one rank is not wrapped, and verl merges adapters of FSDP modules only)"
     _require(device != "cpu", "model.lora_rank", rank, needed)
-    if worker.rollout.get("name") == ROLLOUT_NAME:
+    rollout = worker.rollout
+    searches = rollout.val_kwargs.temperature == 0 or (rollout.get("custom") or {}).get("sampling") == "beam"
+    if rollout.get("name") == ROLLOUT_NAME or (rollout.get("name") == VLLM_ROLLOUT_NAME and searches):
         merged = bool(lora.get("merge", False))
-        needed = f"True ({ROLLOUT_NAME} takes whole weights, no adapters)"
+        needed = f"True ({rollout.name} takes whole weights, no adapters)"
         _require(merged, "model.lora.merge", merged, needed)

@@ -29,7 +29,10 @@ class Groups:
         log_probs_BG: Sampling log-prob of each rollout's semantic ID, NaN where there is none; None if
             nobody asked.
         catalogue_mass: `catalogue_mass` of the rollouts, mean; empty if the sampler did not say.
-        targets: Per prompt, the codes of its target, or of each of them.
+        targets: Per prompt, the codes of its target, or of each of them; those of no item are left out where
+            there are others.
+        foreign_B: True where no target is an item of the catalogue: nobody could hit it, and an anchor would
+            teach what the catalogue does not hold, so that nothing lends there.
     """
 
     rows_BG: np.ndarray
@@ -44,6 +47,7 @@ class Groups:
     log_probs_BG: np.ndarray | None
     catalogue_mass: dict[str, float]
     targets: list[list[tuple[int, ...]]]
+    foreign_B: np.ndarray
 
 
 def _group_rows(keys: list[str], index_N: np.ndarray) -> list[list[int]]:
@@ -98,6 +102,10 @@ def gather_groups(
         rows_BG[b, : len(rows)] = rows
     present_BG = rows_BG >= 0
 
+    of_group = [targets[rows[0]] for rows in grouped]
+    known = [[sid for sid in sids if members is None or sid in members] for sids in of_group]
+    foreign_B = np.array([not sids for sids in known])
+
     def spread(values_N: np.ndarray, absent: float = 0) -> np.ndarray:
         return np.where(present_BG, values_N[rows_BG], absent)
 
@@ -109,14 +117,15 @@ def gather_groups(
         index_B=index_N[rows_BG[:, 0]],
         present_BG=present_BG,
         valid_BG=spread(answers.valid_N).astype(bool),
-        lends_BG=spread(answers.lends_N).astype(bool),
+        lends_BG=spread(answers.lends_N).astype(bool) & ~foreign_B[:, None],
         rewards_BG=spread(rewards_N),
         scores_BG=spread(scores_N),
         codes_BGL=np.where(present_BG[:, :, None], answers.codes_NL[rows_BG], -1),
         tokens_BG=spread(tokens_N),
         log_probs_BG=None if sampled is None else spread(answers.sum_over_codes(sampled), np.nan),
         catalogue_mass=mean_catalogue_mass(extra_fields),
-        targets=[targets[rows[0]] for rows in grouped],
+        targets=[items or sids for items, sids in zip(known, of_group, strict=True)],
+        foreign_B=foreign_B,
     )
 
 

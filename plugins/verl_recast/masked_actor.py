@@ -9,6 +9,7 @@ the logits of the answers are masked right before it, so that all it derives is 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -35,23 +36,18 @@ def require_maskable(worker: Any) -> None:
     Raises:
         ValueError: naming the option, the value found and the value needed.
     """
-    actor = worker.actor
+    actor, rollout = worker.actor, worker.rollout
     fused, grouped = actor.get("use_fused_kernels", False), actor.get("use_prefix_grouper", False)
-    sequence = max(
-        section.get("ulysses_sequence_parallel_size", 1)
-        for section in (actor, actor.get("fsdp_config") or {})
-    )
-    custom, rollout = worker.rollout.custom, worker.rollout
-    named = custom.get("tokenizer") or custom.get("catalogue")
+    named = rollout.custom.get("tokenizer") or rollout.custom.get("catalogue")
     # Another engine does not know the log-probs over the trie, which the actor's would be compared with.
     compared = rollout.get("name") != ROLLOUT_NAME and bool(rollout.get("calculate_log_probs", False))
     for ok, name, found, needed in (
         (named, "rollout.custom.tokenizer", named, "a folder of recast build-tokenizer"),
         (not compared, "rollout.calculate_log_probs", compared, f"False (engine {rollout.get('name')})"),
-        (actor.strategy in ("fsdp", "fsdp2"), "actor.strategy", actor.strategy, "fsdp or fsdp2"),
         (not fused, "model.use_fused_kernels", fused, "False (a fused kernel makes no logits)"),
         (not grouped, "actor.use_prefix_grouper", grouped, "False (it takes log-probs its own way)"),
-        (sequence == 1, "actor.ulysses_sequence_parallel_size", sequence, "1 (no rank has a whole answer)"),
+        *_of_engine("actor", actor),
+        *_of_engine("ref", worker.get("ref") or {}),
     ):
         if not ok:
             raise ValueError(
@@ -59,17 +55,29 @@ def require_maskable(worker: Any) -> None:
             )
 
 
+def _of_engine(part: str, section: Any) -> Iterator[tuple[bool, str, Any, str]]:
+    """What the engine of the actor or of the reference must be: (holds, option, found, needed)."""
+    strategy = section.get("strategy", "fsdp")
+    yield strategy in ("fsdp", "fsdp2"), f"{part}.strategy", strategy, "fsdp or fsdp2"
+    name = "ulysses_sequence_parallel_size"
+    for prefix, place in ((part, section), (f"{part}.fsdp_config", section.get("fsdp_config") or {})):
+        found = place.get(name, 1)
+        yield found == 1, f"{prefix}.{name}", found, "1 (no rank has a whole answer)"
+
+
 def mask_engine(engine: Any, catalogue: Catalogue) -> None:
     """Make one of verl's FSDP engines compute log-probs over the catalogue's codes, from now on."""
     stock = engine.prepare_model_outputs
-    tries = {catalogue.trie.device: catalogue.trie}
+    there = catalogue
 
     @functools.wraps(stock)
     def prepare_model_outputs(
         output: Any, output_args: dict[str, Any], micro_batch: TensorDict, logits_processor_func: Any
     ) -> dict[str, torch.Tensor]:
+        nonlocal there
         device = output.logits.device
-        there = replace(catalogue, trie=tries.setdefault(device, catalogue.trie.to(device)))
+        if there.trie.device != device:  # once: the engine stays where it is
+            there = replace(catalogue, trie=catalogue.trie.to(device))
         mask_micro_batch(output.logits, micro_batch, there)
         return stock(output, output_args, micro_batch, logits_processor_func)
 

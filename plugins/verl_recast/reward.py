@@ -23,11 +23,13 @@ def require_targets(ground_truth: str | Sequence[str]) -> list[tuple[int, ...]]:
     """As `parse_targets`, for a row that cannot do without.
 
     Raises:
-        ValueError: no semantic ID in it.
+        ValueError: no semantic ID in it, or semantic IDs of different lengths.
     """
     targets = parse_targets(ground_truth)
     if not targets:
         raise ValueError(f"reward_model.ground_truth holds no semantic ID: {ground_truth!r}")
+    if len({len(target) for target in targets}) > 1:
+        raise ValueError(f"reward_model.ground_truth has semantic IDs of different lengths: {ground_truth!r}")
     return targets
 
 

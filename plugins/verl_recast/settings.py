@@ -1,11 +1,11 @@
-"""The plugin's own settings, read from `algorithm.recast` of a verl config
-(`+algorithm.recast.KEY=VALUE`)."""
+"""The plugin's own settings in a verl config: of the method (`+algorithm.recast.KEY=VALUE`) and of rollouts
+(`+actor_rollout_ref.rollout.custom.KEY=VALUE`)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 ESTIMATOR = "recast"  # algorithm.adv_estimator
 TRAINER_MODE = "recast"  # trainer.v1.trainer_mode
@@ -90,11 +90,64 @@ class RecastSettings:
     @classmethod
     def from_algorithm(cls, algorithm: Any) -> RecastSettings:
         """Read the section of a verl `algorithm` config (mapping or None); unknown keys are errors."""
-        section: Mapping[str, Any] = {}
-        if algorithm is not None:
-            section = algorithm.get("recast", None) or {}
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(section) - known)
-        if unknown:
-            raise ValueError(f"algorithm.recast has unknown key {unknown[0]!r}, known: {sorted(known)}")
-        return cls(**{key: section[key] for key in section})
+        return _read(cls, "algorithm.recast", None if algorithm is None else algorithm.get("recast", None))
+
+
+SAMPLINGS = ("iid", "without-replacement", "beam")
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """What our rollout engines and agent loop read of `rollout.custom`.
+
+    Attributes:
+        tokenizer: Folder of `recast build-tokenizer`.
+        catalogue: In its place, a catalogue made elsewhere (see `catalogue_file`).
+        answer_prefix: What such a model writes between the generation prompt and the first code.
+        sampling: How a group is drawn.
+        exclude_history: No rollout answers an item of its row's `extra_info.history`.
+        masked_actor: Log-probs of actor and reference are those over the trie.
+        token_budget: Most tokens that the SID engine reads at once; 0 leaves it the choice.
+        log: File that gets a JSON line per batch of prompts: the statistics of its groups, a hash of them.
+        replay: Recording to answer from (`replay.py`).
+    """
+
+    tokenizer: str | None = None
+    catalogue: str | None = None
+    answer_prefix: str = ""
+    sampling: str = "iid"
+    exclude_history: bool = False
+    masked_actor: bool = False
+    token_budget: int = 0
+    log: str | None = None
+    replay: str | None = None
+
+    def __post_init__(self) -> None:
+        prefix = "actor_rollout_ref.rollout.custom"
+        for name in ("exclude_history", "masked_actor"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{prefix}.{name} is {getattr(self, name)!r}, needs true or false")
+        if self.sampling not in SAMPLINGS:
+            raise ValueError(f"{prefix}.sampling is {self.sampling!r}, needed one of {', '.join(SAMPLINGS)}")
+        if self.exclude_history and self.catalogue:
+            raise ValueError(
+                f"{prefix}.exclude_history needs tokenizer, found catalogue={self.catalogue}: a row's "
+                "history counts the items of a tokenizer folder"
+            )
+
+    @classmethod
+    def from_custom(cls, custom: Any) -> RolloutSettings:
+        """Read `rollout.custom` (mapping or None); unknown keys are errors."""
+        return _read(cls, "actor_rollout_ref.rollout.custom", custom)
+
+
+_Settings = TypeVar("_Settings")
+
+
+def _read(cls: type[_Settings], prefix: str, section: Mapping[str, Any] | None) -> _Settings:
+    section = section or {}
+    known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(section) - known)
+    if unknown:
+        raise ValueError(f"{prefix} has unknown key {unknown[0]!r}, known: {sorted(known)}")
+    return cls(**{key: section[key] for key in section})

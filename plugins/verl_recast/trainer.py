@@ -260,6 +260,8 @@ def _signal_metrics(
     if not catalogue_known:
         del statistics["invalid"]  # a well-formed semantic ID may still be no item
     repaired_B = selection.anchor_B >= 0
+    if catalogue_known:
+        statistics["foreign_targets"] = int(groups.foreign_B.sum())
     if repairs:
         statistics["unrepairable_groups"] = int((selection.all_zero_B & ~repaired_B).sum())
     return {f"signal/{name}": value for name, value in (statistics | groups.catalogue_mass).items()} | {

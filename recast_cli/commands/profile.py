@@ -76,7 +76,6 @@ def profile(
     require_start(start, inputs.tokenizer)
     placement.require_cores(settings)
     placement.require_gpu(settings)
-    placement.require_engine(settings)
     device, threads = placement.resolve_device(settings), placement.num_threads(settings)
     rows = draw_rows(inputs.tokenizer / "verl" / "rl.parquet", settings.rl.prompts_per_step, settings.seed)
     peak_flops = matmul_peak(device, threads) * settings.num_gpus
@@ -144,8 +143,12 @@ def _settings(recipe: Recipe, prompts: int | None, group_size: int | None, steps
         "mini_batch_prompts": None,
         "group_size": group_size or recipe.rl.group_size,
         "steps": num_steps(steps),
+        # How rollouts were drawn costs the actor nothing: they are recorded once, by the SID engine.
+        "sampling": "iid",
+        "top_p": 1.0,
+        "exclude_history": False,
     }
-    return recipe.model_copy(update={"rl": recipe.rl.model_copy(update=rl)})
+    return recipe.model_copy(update={"rollout": "sid", "rl": recipe.rl.model_copy(update=rl)})
 
 
 def _start_model(settings: Recipe, inputs: Inputs) -> Path:

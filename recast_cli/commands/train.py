@@ -29,8 +29,8 @@ def train(
     """Train a recommender: supervised warm start, then RL under stock verl.
 
     The warm start keeps the epoch with the best validation NDCG@10. A warm start or run already there, of the
-    same recipe and data, is reused. One that was cut short goes on with --resume (rl.save_every says how
-    often it saves) and ends with the weights it would have had.
+    same recipe and data, is reused. RL that was cut short goes on with --resume from its last checkpoint
+    (rl.save_every), on one CPU rank to the very weights it would have had.
 
     Examples:
 
@@ -51,6 +51,7 @@ def train(
     from recast_cli.recipe import load_recipe
     from recast_cli.training import placement, process, run_directory, verl_args, warm_start
     from recast_cli.training.inputs import Inputs
+    from recast_cli.training.resume import last_checkpoint
 
     if overwrite and resume:
         raise RecipeError("--overwrite and --resume are both given", "leave one of them out")
@@ -68,7 +69,12 @@ def train(
     is_warm_start = settings.method.name == "sft"
     renew = overwrite and is_warm_start
     make_start = not settings.model and (renew or warm_start.find(settings, inputs) is None)
-    jobs = _jobs(settings, inputs, make_start=make_start)
+    if resume and is_warm_start:
+        raise RecipeError(
+            "--resume goes on with RL, method sft is the warm start alone", "leave it out: it begins anew"
+        )
+    first = last_checkpoint(out / "checkpoints") if resume else 0
+    jobs = _jobs(settings, inputs, make_start=make_start, first=first)
     for module, arguments in jobs.values():
         verl_args.require_config(module, arguments)
     if dry_run:
@@ -164,11 +170,12 @@ def _run(settings: Recipe, inputs: Inputs, model: Path, *, overwrite: bool, resu
 Job = tuple[list[str], list[str]]  # what follows `python -m`, and the overrides
 
 
-def _jobs(settings: Recipe, inputs: Inputs, *, make_start: bool) -> dict[str, Job]:
+def _jobs(settings: Recipe, inputs: Inputs, *, make_start: bool, first: int) -> dict[str, Job]:
     """The verl jobs that are to run.
 
     Args:
         make_start: The warm start is one of them.
+        first: Step of the checkpoint that RL goes on from; 0 begins.
     """
     from recast_cli.training import run, warm_start
 
@@ -179,7 +186,7 @@ def _jobs(settings: Recipe, inputs: Inputs, *, make_start: bool) -> dict[str, Jo
         jobs["warm start"] = warm_start.job(settings, inputs, (start / "work").resolve())
     if settings.method.name != "sft":
         model = Path(settings.model) if settings.model else start / "model"
-        jobs[settings.method.name] = run.job(settings, inputs, model, Path(settings.out))
+        jobs[settings.method.name] = run.job(settings, inputs, model, Path(settings.out), first)
     return jobs
 
 

@@ -51,6 +51,11 @@ def verl_args(
             f"method.name is {settings.method.name}, which main_ppo does not run",
             "name a method of RL, for example method.name=recast; `recast train --dry-run` prints all jobs",
         )
+    if settings.rl.exclude_history:
+        raise RecipeError(
+            "rl.exclude_history is true, needed false: the rows of the tokenizer artifact have no histories",
+            "`recast train` adds them; in rows of your own, as extra_info.history (docs/concepts/method.md)",
+        )
     inputs = Inputs.load(settings)
     inputs.require_rl_rows()
     if settings.model:

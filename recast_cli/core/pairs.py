@@ -68,6 +68,7 @@ def choose_pairs(
     step: int,
     w_positive: float = 1.0,
     w_negative: float = 1.0,
+    present_BG: np.ndarray | None = None,
 ) -> Pairs:
     """The pair of each group and its advantages (ReCast, arXiv 2604.22169; see docs/concepts/method.md).
 
@@ -76,6 +77,7 @@ def choose_pairs(
         valid_BG: True where a rollout holds a semantic ID.
         targets: Codes of each prompt's targets; the anchor is one of them, drawn by the seed.
         index_B: The row's own number. With `seed` and `step` it decides ties, so that runs repeat.
+        present_BG: False where a group has no such rollout (distinct ones of a small catalogue).
 
     Raises:
         ValueError: see `pad_targets`.
@@ -83,8 +85,9 @@ def choose_pairs(
     num_groups, width, num_levels = codes_BGL.shape
     targets_BTL, mask_BT = pad_targets(targets, num_levels)
     rewards_BG, scores_BG = score_rollouts(codes_BGL, targets_BTL, mask_BT, valid_BG)
-    signal = group_statistics(rewards_BG, scores_BG, codes_BGL, valid_BG)
-    chosen = select_pairs(rewards_BG, scores_BG, tie_keys(seed, step, index_B, width), valid_BG=valid_BG)
+    signal = group_statistics(rewards_BG, scores_BG, codes_BGL, valid_BG, present_BG)
+    keys_BG = tie_keys(seed, step, index_B, width)
+    chosen = select_pairs(rewards_BG, scores_BG, keys_BG, valid_BG=valid_BG, present_BG=present_BG)
 
     repaired = np.flatnonzero(chosen.anchor_B >= 0)
     places = (repaired, chosen.anchor_B[repaired])

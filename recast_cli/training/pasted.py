@@ -23,9 +23,12 @@ PLUGIN = (
     "actor_rollout_ref.rollout.name",
     "actor_rollout_ref.rollout.custom",
     "actor_rollout_ref.rollout.agent.agent_loop_manager_class",
-    "actor_rollout_ref.rollout.engine_kwargs",
-    "actor_rollout_ref.rollout.tensor_model_parallel_size",
+    "actor_rollout_ref.rollout.logprobs_mode",
+    "actor_rollout_ref.rollout.calculate_log_probs",
     "trainer.v1.",
+)
+SIZE = (
+    "actor_rollout_ref.rollout.tensor_model_parallel_size"  # 1 for the SID engine; of vLLM the script's own
 )
 
 
@@ -35,5 +38,8 @@ def pasted(arguments: list[str], *, plugin_only: bool) -> list[str]:
     Args:
         plugin_only: Only those without which there would be no ReCast in it.
     """
-    kept = PLUGIN if plugin_only else PASTED
+    kept: tuple[str, ...] = PASTED
+    if plugin_only:
+        on_one_device = "actor_rollout_ref.rollout.name=recast_sid" in arguments
+        kept = (*PLUGIN, SIZE) if on_one_device else PLUGIN
     return [argument for argument in arguments if argument.lstrip("+").startswith(kept)]

@@ -76,7 +76,7 @@ def require_engine(recipe: Recipe) -> None:
     if recipe.rollout == "vllm" and importlib.util.find_spec("vllm") is None:
         raise EnvironmentFault(
             "rollout is vllm, which is not installed here",
-            "pip install 'verl-recast[vllm]' with a GPU, `make setup-vllm` without one, or set rollout=sid",
+            "in a checkout of recast: pip install '.[vllm]' with a GPU, else make setup-vllm; or rollout=sid",
         )
 
 

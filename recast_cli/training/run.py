@@ -122,12 +122,12 @@ def train(
         with run_directory.replacing(out, model):
             return train(recipe, inputs, model, on_step=on_step)
     run_directory.require_room(recipe)
-    every = recipe.rl.save_every
-    num_checkpoints = -(-recipe.rl.steps // every) if every > 0 else 1
-    require_space(out, (num_checkpoints + 1) * inputs.checkpoint_bytes(recipe.model))  # and the export
     first = rewind(out) if resume else 0
     if recipe.method.name == "sft-continued" and first < last_step(recipe):
         first = 0  # a job of seconds, which saves at its end
+    every, left = recipe.rl.save_every, max(recipe.rl.steps - first, 0)
+    num_checkpoints = -(-left // every) if every > 0 else min(left, 1)
+    require_space(out, (num_checkpoints + 1) * inputs.checkpoint_bytes(recipe.model))  # and the export
     if resume and not first:  # nothing of it can be gone on with
         run_directory.remove(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -143,6 +143,13 @@ def train(
         if not run_directory.made_a_step(out):  # there is nothing to keep
             run_directory.remove(out)
         raise
+    _export(recipe, log)
+    return close(out, inputs, facts)
+
+
+def _export(recipe: Recipe, log: Path) -> None:
+    """The model of the last checkpoint, and the logs, where they stay."""
+    out = Path(recipe.out)
     join_metrics(out)
     (out / "logs").mkdir(exist_ok=True)
     if log.exists():  # a resumed run may have been killed after this
@@ -154,7 +161,6 @@ def train(
             "leave trainer.save_freq to rl.save_every",
         )
     shutil.copytree(checkpoints[-1], out / "model", dirs_exist_ok=True)
-    return close(out, inputs, facts)
 
 
 def _begin(recipe: Recipe, inputs: Inputs, model: Path, first: int) -> dict[str, Any]:

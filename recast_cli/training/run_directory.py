@@ -75,13 +75,14 @@ def find(
         manifest = load_manifest(out, "run")
         _require_same(out, manifest["parents"], manifest, recipe, inputs, model)
         return manifest
-    step = last_checkpoint(out / "checkpoints")
-    if not resume:
-        go_on = f"pass --resume to go on from step {step}, --overwrite" if step else "pass --overwrite"
+    step, origin = last_checkpoint(out / "checkpoints"), out / ORIGIN
+    if not resume or (made_a_step(out) and not origin.exists()):  # the latter is of an older version
+        can = step and origin.exists()
+        go_on = f"pass --resume to go on from step {step}, --overwrite" if can else "pass --overwrite"
         raise ArtifactError(f"{out} holds a run that did not finish", f"{go_on} or choose another out=")
-    if step:
-        origin = json.loads((out / ORIGIN).read_text(encoding="utf-8"))
-        _require_same(out, origin["parents"], origin["facts"], recipe, inputs, model)
+    if origin.exists():
+        found = json.loads(origin.read_text(encoding="utf-8"))
+        _require_same(out, found["parents"], found["facts"], recipe, inputs, model)
     return None
 
 

@@ -87,5 +87,11 @@ def test_what_is_no_item_and_what_cannot_be_masked_is_refused(trie: Trie) -> Non
             mask_answers(logits, trie, OFFSETS, first, torch.tensor([codes]))
     with pytest.raises(ValueError, match=r"logits are torch\.float16, needed float32 or bfloat16"):
         mask_answers(logits.half(), trie, OFFSETS, first, torch.tensor(CODES[:1]))
-    mask_answers(logits.bfloat16(), trie, OFFSETS, first, torch.tensor(CODES[:1]))
     assert (logits == 0).all()
+
+
+def test_bfloat16_is_masked_in_the_same_places(trie: Trie) -> None:
+    whole, half = torch.zeros(4, VOCABULARY), torch.zeros(4, VOCABULARY, dtype=torch.bfloat16)
+    for logits in (whole, half):
+        mask_answers(logits, trie, OFFSETS, torch.tensor([0]), torch.tensor(CODES[:1]))
+    assert torch.equal(whole == 0, half == 0) and 0 < int((half == 0).sum()) < half.numel()

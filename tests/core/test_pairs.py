@@ -100,3 +100,12 @@ def test_plain_loops_choose_alike(seed: int, width: int) -> None:
         assert found.kept_B2[b].tolist() == places
         assert (bool(found.repaired_B[b]), bool(found.trainable_B[b])) == (repaired, trains)
         assert found.advantages_B2[b].tolist() == ([1.0, -1.0] if trains else [0.0, 0.0])
+
+
+def test_a_rollout_that_is_not_there_is_no_negative() -> None:
+    """Distinct rollouts of a small catalogue: one hit, and nobody else to be kept beside it."""
+    codes = np.array([[[0, 1, 2], [-1, -1, -1], [-1, -1, -1]]])
+    present = np.array([[True, False, False]])
+    found = choose_pairs(codes, present, [[(0, 1, 2)]], np.array([0]), seed=0, step=1, present_BG=present)
+    assert not found.trainable_B[0] and not found.advantages_B2.any()
+    assert found.signal["invalid"] == 0

@@ -71,7 +71,14 @@ def test_the_variable_overrides() -> None:
 
 @pytest.mark.parametrize(
     ("version", "accepted"),
-    [("0.9.0", False), ("0.9.1", True), ("0.9.7", True), ("0.9.2.dev0", True), ("0.10.0", False)],
+    [
+        ("0.9.0", False),
+        ("0.9.1", True),
+        ("0.9.7", True),
+        ("0.9.2.dev0", True),
+        ("0.10.0", False),
+        ("dev", False),
+    ],
 )
 def test_the_band(version: str, accepted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verl, "__version__", version)

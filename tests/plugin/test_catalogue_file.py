@@ -59,7 +59,7 @@ def test_items_that_share_a_semantic_id_are_one_and_counted(
     sids = {"1": ["<a_1>", "<b_1>"], "2": ["<a_1>", "<b_2>"], "3": ["<a_1>", "<b_1>"]}
     with caplog.at_level(logging.WARNING):
         assert read_catalogue_file(write_index(tmp_path / "x.json", sids)) == {(1, 1): "1", (1, 2): "2"}
-    assert "3 items share 2 semantic IDs" in caplog.text
+    assert "2 of 3 items share 1 semantic IDs" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,7 @@ def test_accepts_an_engine_that_merges_its_adapters_and_answers_of_one_length() 
     ("overrides", "message"),
     [
         ((ENGINE,), "rollout.custom is {}, needs one of tokenizer (a folder"),
+        (("actor_rollout_ref.rollout.name=recast_vllm",), "rollout.custom is {}, needs one of tokenizer"),
         (
             (ENGINE, "+actor_rollout_ref.rollout.custom={tokenizer: a, catalogue: b}"),
             "rollout.custom is {'tokenizer': 'a', 'catalogue': 'b'}, needs one of tokenizer",

@@ -192,14 +192,17 @@ def test_two_sharded_ranks_have_the_gradient_of_one(
         (
             "actor.fsdp_config.ulysses_sequence_parallel_size",
             2,
-            "ulysses_sequence_parallel_size is 2, needs 1",
+            "actor.fsdp_config.ulysses_sequence_parallel_size is 2, needs 1",
         ),
+        ("ref.strategy", "megatron", "ref.strategy is megatron, needs fsdp or fsdp2"),
+        ("ref.ulysses_sequence_parallel_size", 2, "ref.ulysses_sequence_parallel_size is 2, needs 1"),
     ],
 )
 def test_an_engine_that_cannot_be_masked_is_refused(key: str, value: Any, message: str) -> None:
     worker = OmegaConf.create(
         {
             "actor": {"strategy": "fsdp", "fsdp_config": {}},
+            "ref": {"strategy": "fsdp", "fsdp_config": {}},
             "rollout": {
                 "name": "recast_sid",
                 "calculate_log_probs": True,

@@ -21,8 +21,8 @@ from recast_cli.core.spelling import find_all
 from recast_cli.core.trie import Trie
 from verl_recast.catalogue import Catalogue
 from verl_recast.reward import require_targets
-from verl_recast.rollout.agent_loop import score_groups
 from verl_recast.rollout.group_sampling import require_sampling
+from verl_recast.rollout.scored import score_groups
 from verl_recast.rollout.server import SIDServer
 
 NUM_ROLLOUTS = 16
@@ -229,6 +229,29 @@ def test_verls_one_answer_interface(tokenizer_folder: Path, prompts: list[list[i
     assert len(answer.log_probs) == 3 and answer.stop_reason == "completed"
     assert ask("r1").token_ids == answer.token_ids
     assert len({tuple(ask(f"r{i}").token_ids) for i in range(12)}) > 1
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_answer_comes_with_the_log_probs_of_its_actor(
+    tokenizer_folder: Path, prompts: list[list[int]], masked: bool
+) -> None:
+    custom = {"tokenizer": str(tokenizer_folder), "masked_actor": masked}
+    config = RolloutConfig(name="recast_sid", dtype="float32", custom=custom)
+    server = SIDServer(config, HFModelConfig(path=str(tokenizer_folder / "model")), "cpu")
+    server.global_steps = 0
+    answer = asyncio.run(server.generate("r", prompt_ids=prompts[0], sampling_params={"temperature": 1.0}))
+    members = server.catalogue.members
+    offsets = server.catalogue.level_offsets
+    expected = []
+    for level, token in enumerate(answer.token_ids):
+        read = prompts[0] + answer.token_ids[:level]
+        with torch.no_grad():
+            log_probs = server.model(input_ids=torch.tensor([read])).logits[0, -1].log_softmax(-1)
+        written = tuple(t - o for t, o in zip(answer.token_ids[:level], offsets, strict=False))
+        open_ids = sorted({offsets[level] + sid[level] for sid in members if sid[:level] == written})
+        whole = float(log_probs[open_ids].logsumexp(0)) if masked else 0.0
+        expected.append(float(log_probs[token]) - whole)
+    assert answer.log_probs == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("custom", [{"sampling": "beam"}, {"exclude_history": True}])

@@ -85,6 +85,11 @@ def test_allowed_logits_keep_their_values_and_free_rows_all_of_them() -> None:
         ([BEGIN, *tokens((0, 0, 4)), END, BEGIN], {10, 12}),
         ([BEGIN, *tokens((0, 0, 4)), END, BEGIN, 12], {14, 15}),
         ([], set(range(VOCABULARY_SIZE))),
+        # text of a user, which is no item's beginning: not ours to judge
+        ([BEGIN, TEXT], set(range(VOCABULARY_SIZE))),
+        ([BEGIN, END], set(range(VOCABULARY_SIZE))),
+        ([BEGIN, 11], set(range(VOCABULARY_SIZE))),
+        ([BEGIN, 10, 14], set(range(VOCABULARY_SIZE))),
     ],
 )
 def test_prompt_that_ends_inside_an_item_goes_on_from_there(prompt: list[int], expected: set[int]) -> None:

@@ -133,6 +133,7 @@ def test_what_the_cpu_engine_replaces_is_there() -> None:
     assert list(inspect.signature(stock).parameters) == ["logits", "labels"]
 
 
+FSDP = "verl.workers.engine.fsdp.transformer_impl"
 # (module, object) -> digest of its source; what of ours stands on it
 BODIES = {
     # the hook sits between reward and old log-probs

@@ -115,10 +115,6 @@ def test_config_that_fits_passes_also_at_another_temperature_without_log_probs()
         ({"custom": {"tokenizer": "t", "exclude_history": True}}, "exclude_history=True, vLLM needs"),
         ({"pipeline_model_parallel_size": 2}, "pipeline_model_parallel_size is 2, needs 1"),
         ({"logprobs_mode": "processed_logprobs"}, "logprobs_mode is processed_logprobs, needs raw_logprobs"),
-        (
-            {"custom": {"tokenizer": "t", "masked_actor": True}},
-            "calculate_log_probs is True, custom.masked_actor needs False",
-        ),
         ({"temperature": 0.7}, "temperature is 0.7, needs 1 with calculate_log_probs"),
     ],
 )

@@ -11,6 +11,8 @@ import psutil
 import pytest
 from jobs import GROUP, PROMPTS, RECIPE, STEPS, Job, kill_all, start, succeed, train, wait_for, weights
 
+from recast_cli.training.process import read_metrics
+
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.xdist_group("vllm"),
@@ -71,10 +73,11 @@ def test_vllm_answers_with_items_from_the_weights_of_the_step(
 
 
 def test_recast_repairs_and_drops_over_vllm_as_over_the_sid_engine(recast_job: Job) -> None:
-    for found in recast_job.metrics:
-        if "signal/kept_samples" in found:
-            assert found["signal/all_zero_after_repair"] == 0
-            assert found["signal/kept_samples"] == 2 * (PROMPTS - found["signal/skipped_groups"])
+    steps = [found for found in recast_job.metrics if "signal/kept_samples" in found]
+    assert len(steps) == STEPS
+    for found in steps:
+        assert found["signal/all_zero_after_repair"] == 0
+        assert found["signal/kept_samples"] == 2 * (PROMPTS - found["signal/skipped_groups"])
 
 
 def test_validation_of_the_start_has_the_beams_of_the_sid_engine(recast_job: Job, sid_job: Job) -> None:
@@ -93,10 +96,10 @@ def test_validation_of_the_start_has_the_beams_of_the_sid_engine(recast_job: Job
 
 def test_vllm_that_dies_ends_the_run_with_its_name(workspace: Path, recast_job: Job) -> None:
     """Its engine is a process below the server; verl's own sender of weights would wait for it for ever."""
-    out = workspace / "dying"
-    child = start(workspace, "train", "recipe.yaml", "out=dying", "rollout=vllm", "rl.steps=200")
+    out, options = workspace / "dying", ["rl.steps=200", "rl.save_every=200", "rl.validate_every=-1"]
+    child = start(workspace, "train", "recipe.yaml", "out=dying", "rollout=vllm", *options)
     try:
-        wait_for(lambda: (out / "rollouts.jsonl").exists(), child)
+        wait_for(lambda: bool(read_metrics(out / "metrics.jsonl")), child)
         engines = [
             process
             for process in psutil.Process(child.pid).children(recursive=True)
@@ -108,5 +111,7 @@ def test_vllm_that_dies_ends_the_run_with_its_name(workspace: Path, recast_job: 
         _, stderr = child.communicate(timeout=180)
     finally:
         kill_all(child)
-    assert child.returncode == 1
-    assert "EngineDeadError" in stderr and str(out / "logs") in stderr.replace("\n", "")
+    assert child.returncode == 2
+    lines = [line for line in stderr.splitlines() if line.startswith(("error:", "hint:"))]
+    assert len(lines) == 2 and "EngineDeadError" in lines[0], stderr[-2000:]
+    assert lines[1] == "hint: read dying.log"

@@ -73,6 +73,18 @@ def test_the_plugins_lines_alone(recipe_file: Path, folders: tuple[Path, Path]) 
     }
 
 
+def test_the_plugins_lines_for_vllm(recipe_file: Path) -> None:
+    sid = set(pasted(verl_args(recipe_file, "--plugin-only").stdout))
+    vllm = set(pasted(verl_args(recipe_file, "--plugin-only", "rollout=vllm").stdout))
+    rollout = "actor_rollout_ref.rollout"
+    assert sid - vllm == {f"{rollout}.name=recast_sid", f"{rollout}.tensor_model_parallel_size=1"}
+    assert vllm - sid == {
+        f"{rollout}.name=recast_vllm",
+        f"{rollout}.logprobs_mode=raw_logprobs",
+        f"{rollout}.calculate_log_probs=true",
+    }
+
+
 def test_json_holds_the_same_overrides(recipe_file: Path) -> None:
     found = json.loads(verl_args(recipe_file, "--json").stdout)
     assert found["overrides"] == pasted(verl_args(recipe_file).stdout)
@@ -90,3 +102,8 @@ def test_json_holds_the_same_overrides(recipe_file: Path) -> None:
 def test_a_mistake_is_an_error_of_the_recipe(recipe_file: Path, override: str, message: str) -> None:
     done = verl_args(recipe_file, override)
     assert message in str(done.exception) and done.stdout == ""
+
+
+def test_histories_that_the_named_rows_do_not_have_are_refused(recipe_file: Path) -> None:
+    done = verl_args(recipe_file, "rl.exclude_history=true")
+    assert "rl.exclude_history is true, needed false" in str(done.exception) and done.stdout == ""

@@ -18,9 +18,10 @@ from training_artifacts import (
 
 from recast_cli.demo import why_stale
 from recast_cli.errors import ArtifactError, EnvironmentFault
-from recast_cli.recipe import dump_recipe
+from recast_cli.recipe import Recipe, dump_recipe
 from recast_cli.training import run, run_directory
 from recast_cli.training.inputs import Inputs
+from recast_cli.training.resume import TRACKER
 
 
 def test_no_run_is_found_in_a_folder_that_is_empty_or_holds_the_warm_start(
@@ -100,6 +101,33 @@ def test_same_recipe_and_parents_reuse_a_finished_run(make_recipe, inputs: Input
     finish_run(recipe, inputs)
     found = run_directory.find(recipe, inputs, model_of(inputs))
     assert found is not None and found["kind"] == "run" and found["parents"] == inputs.parents
+
+
+def unfinished(recipe: Recipe, inputs: Inputs, *, checkpoint: bool) -> Path:
+    """What a killed run leaves: its origin, a step in its log, and perhaps a checkpoint."""
+    out = Path(recipe.out)
+    out.mkdir()
+    run._begin(recipe, inputs, model_of(inputs), 0)
+    (out / "metrics.jsonl").write_text('{"step": 1, "data": {}}\n')
+    if checkpoint:
+        (out / "checkpoints" / "global_step_1").mkdir(parents=True)
+        (out / "checkpoints" / TRACKER).write_text("1")
+    return out
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_another_recipe_cannot_go_on_with_a_run_nor_take_its_place(
+    make_recipe, inputs: Inputs, checkpoint: bool
+) -> None:
+    out = unfinished(make_recipe(), inputs, checkpoint=checkpoint)
+    with pytest.raises(ArtifactError, match="another recipe or data"):
+        run_directory.find(make_recipe(seed=5), inputs, model_of(inputs), resume=True)
+    assert run_directory.find(make_recipe(), inputs, model_of(inputs), resume=True) is None
+    (out / "origin.json").unlink()  # of a version that wrote none
+    for resume in (False, True):
+        with pytest.raises(ArtifactError, match="did not finish") as caught:
+            run_directory.find(make_recipe(), inputs, model_of(inputs), resume=resume)
+        assert caught.value.hint == "pass --overwrite or choose another out="
 
 
 def test_run_made_before_a_key_existed_had_its_default(make_recipe, inputs: Inputs, tmp_path: Path) -> None:

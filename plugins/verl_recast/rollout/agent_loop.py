@@ -22,11 +22,10 @@ from verl.experimental.agent_loop import AgentLoopWorker
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
-from recast_cli.core.scoring import score_rollouts
 from recast_cli.core.signal import group_statistics
 from recast_cli.core.spelling import SID_BEGIN
 from recast_cli.vocabulary import encode_prompts
-from verl_recast.catalogue import Catalogue, require_catalogue
+from verl_recast.catalogue import require_catalogue
 from verl_recast.groups import require_own_index, response_fields
 from verl_recast.reward import require_targets
 from verl_recast.rollout.sampled import (
@@ -35,8 +34,8 @@ from verl_recast.rollout.sampled import (
     sampled_fields,
     take_histories,
 )
-from verl_recast.settings import RecastSettings
-from verl_recast.validation import beam_info
+from verl_recast.rollout.scored import reward_infos, score_groups, with_ranks
+from verl_recast.settings import RecastSettings, RolloutSettings
 
 logger = logging.getLogger(__name__)
 
@@ -47,23 +46,15 @@ DATASET_FIELDS = ("uid", "index", "data_source", "reward_model", "extra_info")
 class GroupLoopWorker(AgentLoopWorker):
     """Rolls out and scores the groups of a chunk of prompts.
 
-    `rollout.custom` is read here. `tokenizer` names the tokenizer artifact, or `catalogue` a catalogue made
-    elsewhere; `answer_prefix` is what such a model writes before the first code. `sampling` says how a group
-    is drawn (`group_sampling.SAMPLINGS`); with `exclude_history` no rollout answers an item of its row's
-    `extra_info.history`: neither holds for validation. With `masked_actor` the sampling log-probs are the
-    trie's, like the actor's. `log` may name a file that gets one JSON line per batch, whatever the trainer:
-    the statistics of its full groups, and a hash of them.
+    Options stand in `rollout.custom` (`settings.RolloutSettings`). For validation neither `sampling` nor
+    `exclude_history` holds.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         tq.init()
-        custom = self.rollout_config.custom or {}
-        self.catalogue, self.log = require_catalogue(custom, self.tokenizer), custom.get("log")
-        self.answer_prefix = str(custom.get("answer_prefix") or "")
-        self.sampling = custom.get("sampling", "iid")
-        self.exclude_history = bool(custom.get("exclude_history", False))
-        self.masked_actor = bool(custom.get("masked_actor", False))
+        self.options = RolloutSettings.from_custom(self.rollout_config.custom)
+        self.catalogue = require_catalogue(self.rollout_config.custom, self.tokenizer)
         self.seed = RecastSettings.from_algorithm(self.config.algorithm).seed
         self.background_tasks: set[asyncio.Task] = set()
 
@@ -90,20 +81,22 @@ class GroupLoopWorker(AgentLoopWorker):
     async def _roll_out(self, rows: list[dict[str, Any]], *, validate: bool, partition: str) -> None:
         prompts = self._encode([list(row["raw_prompt"]) for row in rows])
         targets = [require_targets(row["reward_model"]["ground_truth"]) for row in rows]
-        found = zip(rows, prompts, targets, strict=True)
-        require_own_index([(int(row["index"]), (prompt, target)) for row, prompt, target in found])
+        ranked = validate and self.rollout_config.val_kwargs.temperature == 0
+        if not ranked:  # beams draw nothing by it, and validation files may each count from 0
+            found = zip(rows, prompts, targets, strict=True)
+            require_own_index([(int(row["index"]), (prompt, target)) for row, prompt, target in found])
         take_histories(rows)
         out = await self._answers(rows, prompts, validate=validate)
         codes_BGL = self.catalogue.spelled(out["codes_BGL"])
         hits_BG, scores_BG, valid_BG = score_groups(self.catalogue, targets, codes_BGL)
-        infos = _infos(hits_BG, scores_BG)
-        if validate and self.rollout_config.val_kwargs.temperature == 0:
-            infos = _with_ranks(infos, targets, codes_BGL, valid_BG)
+        infos = reward_infos(hits_BG, scores_BG)
+        if ranked:
+            infos = with_ranks(infos, targets, codes_BGL, valid_BG)
         keys, fields, tags = self._records(rows, prompts, out, infos)
         await tq.async_kv_batch_put(
             keys=keys, fields=list_of_dict_to_tensordict(fields), tags=tags, partition_id=partition
         )
-        if self.log:
+        if self.options.log:
             present_BG = codes_BGL[:, :, 0] >= 0
             line = {
                 "step": int(rows[0]["global_steps"]),
@@ -114,14 +107,36 @@ class GroupLoopWorker(AgentLoopWorker):
                 **mean_catalogue_mass([record["extra_fields"] for record in fields]),
                 "sha256": _digest(fields),
             }
-            with open(self.log, "a", encoding="utf-8") as log:
+            with open(self.options.log, "a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
 
     async def _answers(
         self, rows: list[dict[str, Any]], prompts: list[list[int]], *, validate: bool
     ) -> dict[str, Any]:
-        """What `SIDServer.generate_groups` returns, from a server of verl's choice."""
-        config = self.rollout_config
+        """What `SIDServer.generate_groups` returns, from all replicas at once."""
+        parts = np.array_split(np.arange(len(rows)), min(self._num_replicas(), len(rows)))
+        found = await asyncio.gather(
+            *(self._ask([rows[b] for b in part], [prompts[b] for b in part], validate) for part in parts)
+        )
+        arrays = [name for name in found[0] if name != "global_steps"]
+        joined = {name: np.concatenate([out[name] for out in found]) for name in arrays}
+        return {**joined, "global_steps": found[0]["global_steps"]}
+
+    def _num_replicas(self) -> int:
+        """Rollout servers of the job: a chunk of prompts is shared out among them."""
+        config, trainer = self.rollout_config, self.config.trainer
+        size = (
+            config.tensor_model_parallel_size
+            * config.data_parallel_size
+            * config.pipeline_model_parallel_size
+        )
+        return max(1, trainer.n_gpus_per_node * trainer.nnodes // size)
+
+    async def _ask(
+        self, rows: list[dict[str, Any]], prompts: list[list[int]], validate: bool
+    ) -> dict[str, Any]:
+        """The answers of one server: verl's balancer names the one with the fewest requests."""
+        config, options = self.rollout_config, self.options
         server_id, server = await self.llm_client._acquire_server(str(rows[0]["uid"]))
         try:
             return await server.generate_groups.remote(
@@ -131,9 +146,9 @@ class GroupLoopWorker(AgentLoopWorker):
                 step=int(rows[0]["global_steps"]),
                 seed=self.seed,
                 temperature=float(config.val_kwargs.temperature if validate else config.temperature),
-                sampling="iid" if validate else self.sampling,
+                sampling="iid" if validate else options.sampling,
                 top_p=1.0 if validate else float(config.top_p),
-                history=require_histories(rows) if self.exclude_history and not validate else None,
+                history=require_histories(rows) if options.exclude_history and not validate else None,
             )
         finally:
             self.llm_client._release_server(server_id, str(rows[0]["uid"]))
@@ -143,7 +158,7 @@ class GroupLoopWorker(AgentLoopWorker):
         prompts = encode_prompts(
             self.tokenizer,
             conversations,
-            answer_prefix=self.answer_prefix,
+            answer_prefix=self.options.answer_prefix,
             template_options=self.config.data.get("apply_chat_template_kwargs"),
         )
         require_answer_next(self.tokenizer, prompts)
@@ -165,7 +180,7 @@ class GroupLoopWorker(AgentLoopWorker):
         codes_BGL, log_probs_BGL = out["codes_BGL"], out["log_probs_BGL"]
         trie_log_probs_BGL = out.get("trie_log_probs_BGL")  # a replay has none
         actors_BGL = log_probs_BGL
-        if self.masked_actor and trie_log_probs_BGL is not None:
+        if self.options.masked_actor and trie_log_probs_BGL is not None:
             actors_BGL = trie_log_probs_BGL
         tokens_BGL = torch.from_numpy(self.catalogue.token_ids(codes_BGL))
         keys, fields, tags = [], [], []
@@ -196,51 +211,6 @@ def require_answer_next(tokenizer: Any, prompts: list[list[int]]) -> None:
                 f"follow {SID_BEGIN}: set rollout.custom.answer_prefix to what the model writes before the "
                 f"first code, for example '{SID_BEGIN}'"
             )
-
-
-def score_groups(
-    catalogue: Catalogue, targets: list[list[tuple[int, ...]]], codes_BGL: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Hit, structural score and validity (membership in the catalogue) of every rollout, each (B, G).
-
-    Args:
-        targets: Codes of each prompt's targets.
-        codes_BGL: Spelled codes, as those of the targets are.
-    """
-    most = max(len(target) for target in targets)
-    targets_BTL = np.full((len(targets), most, catalogue.num_levels), -1, dtype=np.int64)
-    mask_BT = np.zeros((len(targets), most), dtype=bool)
-    for b, target in enumerate(targets):
-        targets_BTL[b, : len(target)] = target
-        mask_BT[b, : len(target)] = True
-    members = catalogue.members
-    valid_BG = np.array([[tuple(sid) in members for sid in group] for group in codes_BGL.tolist()])
-    hits_BG, scores_BG = score_rollouts(codes_BGL, targets_BTL, mask_BT, valid_BG)
-    return hits_BG, scores_BG, valid_BG
-
-
-def _infos(hits_BG: np.ndarray, scores_BG: np.ndarray) -> list[list[dict[str, float]]]:
-    """verl's reward extras of every rollout."""
-    return [
-        [{"hit": float(hit), "structural_score": float(score)} for hit, score in zip(*group, strict=True)]
-        for group in zip(hits_BG, scores_BG, strict=True)
-    ]
-
-
-def _with_ranks(
-    infos: list[list[dict[str, float]]],
-    targets: list[list[tuple[int, ...]]],
-    codes_BGL: np.ndarray,
-    valid_BG: np.ndarray,
-) -> list[list[dict[str, float]]]:
-    """The same with what exact ranking metrics need: the beams of a group come in descending order."""
-    return [
-        [
-            info | beam_info(codes, rank, targets[b], valid=bool(valid_BG[b, rank]))
-            for rank, (info, codes) in enumerate(zip(infos[b], codes_BGL[b].tolist(), strict=True))
-        ]
-        for b in range(len(infos))
-    ]
 
 
 def _record(

@@ -13,8 +13,7 @@ from recast_cli.core.sampling import Rollouts, sample
 from recast_cli.core.seeding import hash64, uniforms
 from recast_cli.core.without_replacement import sample_distinct
 from verl_recast.catalogue import Catalogue
-
-SAMPLINGS = ("iid", "without-replacement", "beam")
+from verl_recast.settings import RolloutSettings
 
 
 def draw_groups(
@@ -35,10 +34,10 @@ def draw_groups(
     """Groups of G answers; what is drawn depends on (seed, step, index) and not on the batch.
 
     Args:
-        prompts: Token ids of B prompts, each ending with `<|sid_begin|>`.
+        prompts: Token ids of B prompts, after which the first code comes next.
         index_B: `extra_info.index` of each.
         num_rollouts: G.
-        sampling: One of `SAMPLINGS`.
+        sampling: One of `settings.SAMPLINGS`.
         history: Item rows that must not be answered, for each prompt; None closes nothing.
 
     Raises:
@@ -70,9 +69,11 @@ def require_sampling(config: Any) -> None:
         ValueError: naming the option, the value found and the value needed.
     """
     prefix = "actor_rollout_ref.rollout"
-    sampling = (config.custom or {}).get("sampling", "iid")
-    if sampling not in SAMPLINGS:
-        raise ValueError(f"{prefix}.custom.sampling is {sampling!r}, needed one of {', '.join(SAMPLINGS)}")
+    sampling = RolloutSettings.from_custom(config.custom).sampling
+    if not config.temperature > 0:
+        raise ValueError(
+            f"{prefix}.temperature is {config.temperature}, needed above 0 (beams: custom.sampling=beam)"
+        )
     if sampling == "beam" and config.temperature != 1:
         raise ValueError(
             f"{prefix}.temperature is {config.temperature}, custom.sampling=beam needs 1: beams are ranked "

@@ -19,7 +19,8 @@ class ReplayLoopWorker(GroupLoopWorker):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        with np.load((self.rollout_config.custom or {})["replay"]) as recording:
+        assert self.options.replay is not None
+        with np.load(self.options.replay) as recording:
             self.codes_BGL, self.log_probs_BGL = recording["codes_BGL"], recording["log_probs_BGL"]
             self.place = {int(index): b for b, index in enumerate(recording["index_B"])}
 

@@ -16,6 +16,7 @@ from recast_cli.core.seeding import hash64
 from recast_cli.core.walk import TOKEN_BUDGET
 from verl_recast.catalogue import require_catalogue
 from verl_recast.rollout.group_sampling import draw_groups, require_sampling
+from verl_recast.settings import RolloutSettings
 
 
 class SIDServer:
@@ -45,7 +46,8 @@ class SIDServer:
             model_config.hf_config, dtype=PrecisionType.to_dtype(config.dtype), attn_implementation="sdpa"
         )
         self.model = model.to(self.device).eval()
-        self.token_budget = int(config.custom.get("token_budget", TOKEN_BUDGET))
+        self.options = RolloutSettings.from_custom(config.custom)
+        self.token_budget = self.options.token_budget or TOKEN_BUDGET
         self.global_steps: int | None = None  # None until the first weights arrive
         self._arrived: set[str] = set()  # parameters of the update that is under way
 
@@ -105,7 +107,7 @@ class SIDServer:
             ValueError: the config asks for groups that no stock agent loop can ask for.
         """
         for name, default in (("sampling", "iid"), ("exclude_history", False)):
-            if (found := self.config.custom.get(name, default)) != default:
+            if (found := getattr(self.options, name)) != default:
                 raise ValueError(
                     f"rollout.custom.{name} is {found}, which needs rollout.agent.agent_loop_manager_class="
                     "verl_recast.rollout.agent_loop.GroupLoopManager"
@@ -122,7 +124,8 @@ class SIDServer:
             top_p=float(sampling_params.get("top_p", 1.0)),
         )
         codes = out["codes_BGL"][0, 0]
-        log_probs = out["log_probs_BGL"][0, 0].tolist()
+        actors = "trie_log_probs_BGL" if self.options.masked_actor else "log_probs_BGL"
+        log_probs = out[actors][0, 0].tolist()
         return TokenOutput(
             token_ids=self.catalogue.token_ids(codes).tolist(),
             log_probs=None if np.isnan(log_probs).any() else log_probs,

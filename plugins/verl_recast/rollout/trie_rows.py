@@ -125,7 +125,15 @@ class TrieRows:
         tail = list(prompt[-(self.trie.num_levels + 1) :])[::-1]
         if self.catalogue.sid_begin not in tail:
             return None
-        return tuple(tail[: tail.index(self.catalogue.sid_begin)][::-1])
+        given = tuple(tail[: tail.index(self.catalogue.sid_begin)][::-1])
+        return given if self._is_path(given) else None  # some other text, which is not ours to judge
+
+    def _is_path(self, tokens: Sequence[int]) -> bool:
+        node = torch.zeros(1, dtype=torch.int64)
+        for level, token in enumerate(tokens):
+            code = torch.tensor([token - self.catalogue.level_offsets[level]])
+            node = self.host_trie.find(level, node, code)
+        return int(node) >= 0
 
     def _advance(self) -> None:
         """Walk every row down the codes that came since the last mask, level by level, all rows at once."""

@@ -55,7 +55,7 @@ async def expand_beams(
         ask: The engine; its log-probs are those before the mask, at temperature 1.
         trie: The catalogue, on the CPU.
         level_offsets: Token id of code 0 of each level.
-        prompts: Token ids; each ends with `<|sid_begin|>`.
+        prompts: Token ids, after which the first code comes next.
         beam_width: W.
     """
     leaf_item = trie.leaf_item.tolist()

@@ -16,6 +16,7 @@ from recast_cli.core.seeding import hash64
 from verl_recast.catalogue import NEEDED
 from verl_recast.rollout.group_sampling import require_sampling
 from verl_recast.rollout.vllm_beams import MAX_LOGPROB_TOKENS
+from verl_recast.settings import RolloutSettings
 
 PROCESSOR = "verl_recast.rollout.vllm_trie:TrieLogitsProcessor"
 
@@ -43,7 +44,7 @@ async def sample_groups(
 
     Args:
         generate: The engine.
-        prompts: Token ids, each ending with `<|sid_begin|>`.
+        prompts: Token ids, after which the first code comes next.
         index_B: Row indices; a draw depends on `seed`, `step`, row and rollout alone, not on the batch that
             vLLM puts it into.
         num_rollouts: G.
@@ -111,16 +112,14 @@ def require_fitting(config: Any) -> None:
         ValueError: naming the option, the value found and the value needed.
     """
     prefix = "actor_rollout_ref.rollout"
-    custom = config.custom or {}
-    if not any(custom.get(key) for key in CATALOGUE_KEYS):
+    options = RolloutSettings.from_custom(config.custom)
+    if not (options.tokenizer or options.catalogue):
         raise ValueError(f"rollout.custom names no catalogue: {NEEDED}")
     require_sampling(config)
-    sampling = custom.get("sampling", "iid")
-    if sampling not in ("iid", "beam") or custom.get("exclude_history"):
+    if options.sampling == "without-replacement" or options.exclude_history:
         raise ValueError(
-            f"{prefix}.custom.sampling is {sampling} with exclude_history="
-            f"{bool(custom.get('exclude_history'))}, vLLM needs iid or beam and False: "
-            f"{prefix}.name=recast_sid does the others"
+            f"{prefix}.custom.sampling is {options.sampling} with exclude_history={options.exclude_history}, "
+            f"vLLM needs iid or beam and False: {prefix}.name=recast_sid does the others"
         )
     if config.pipeline_model_parallel_size > 1:
         raise ValueError(
@@ -131,11 +130,6 @@ def require_fitting(config: Any) -> None:
         raise ValueError(
             f"{prefix}.logprobs_mode is {config.logprobs_mode}, needs raw_logprobs: beams, and the "
             "comparison with the actor, are over the full vocabulary"
-        )
-    if config.calculate_log_probs and custom.get("masked_actor") and sampling == "iid":
-        raise ValueError(
-            f"{prefix}.calculate_log_probs is True, custom.masked_actor needs False: vLLM's raw log-probs "
-            "are over the full vocabulary, the actor's over the trie"
         )
     if config.calculate_log_probs and config.temperature != 1:
         raise ValueError(

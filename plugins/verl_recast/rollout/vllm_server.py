@@ -1,8 +1,8 @@
 """Rollout engine `recast_vllm`: verl's vLLM server with the trie inside, asked as the SID engine is.
 
-`actor_rollout_ref.rollout.name=recast_vllm`, `rollout.custom.tokenizer` and the agent loop of `agent_loop.py`
-are all that it needs; what else verl hands to vLLM (`rollout.tensor_model_parallel_size`,
-`rollout.engine_kwargs.vllm`, ...) stays where it is.
+It needs `actor_rollout_ref.rollout.name=recast_vllm`, `rollout.logprobs_mode=raw_logprobs`, a catalogue in
+`rollout.custom` and the agent loop of `agent_loop.py`; what else verl hands to vLLM
+(`rollout.tensor_model_parallel_size`, `rollout.engine_kwargs.vllm`, ...) stays where it is.
 """
 
 from __future__ import annotations

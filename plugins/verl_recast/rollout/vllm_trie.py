@@ -10,10 +10,10 @@ and under verl as `+actor_rollout_ref.rollout.engine_kwargs.vllm.{logits_process
 no entry point of vLLM: those run in every engine of the environment, and vLLM 0.28 then does without its
 newer model runner.
 
-Constrained are prompts that end with `<|sid_begin|>` and requests with `extra_args={"recast_given": 0}`; any
-other is left alone. Ask for as many tokens as a semantic ID has levels (see `TrieRows`). vLLM's
-`raw_logprobs` (its default) are full-vocabulary and taken before mask and temperature; its
-`processed_logprobs` are those of the renormalised, tempered policy.
+Constrained are prompts that end with `<|sid_begin|>`, or with that and some codes of an item, and requests
+with `extra_args={"recast_given": 0}`; any other is left alone. Ask for as many tokens as a semantic ID has
+levels (see `TrieRows`). vLLM's `raw_logprobs` (its default) are full-vocabulary and taken before mask and
+temperature; its `processed_logprobs` are those of the renormalised, tempered policy.
 """
 
 from __future__ import annotations
