@@ -84,7 +84,7 @@ class RecastTrainer(GRPOTrainer):
         self.vocabulary = Vocabulary.load(tokenizer_dir / "vocabulary.json")
         self.trie = Trie.load(tokenizer_dir / "trie.npz").to(args.device)
         self.width = width
-        self.weights = {"w_positive": w_positive, "w_negative": w_negative}
+        self.weights: dict[str, Any] = {"w_positive": w_positive, "w_negative": w_negative}
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir / "model", local_files_only=True)
         super().__init__(
             args=args, reward_funcs=kept_hit, processing_class=tokenizer, rollout_func=self._search, **kwargs
