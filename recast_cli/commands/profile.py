@@ -187,6 +187,7 @@ def _launcher(settings: Recipe, inputs: Inputs, model: Path, rows: Any, steps: i
 
     from recast_cli.profiling.profile import MANAGER, Job, num_steps
     from recast_cli.training import placement, verl_args
+    from recast_cli.training.hydra_overrides import quoted
     from recast_cli.training.process import run_verl
 
     def launch(job: Job) -> list[dict[str, Any]]:
@@ -195,9 +196,7 @@ def _launcher(settings: Recipe, inputs: Inputs, model: Path, rows: Any, steps: i
         custom = {"tokenizer": str(inputs.tokenizer.resolve()), **job.custom}
         verl = {
             **settings.verl,
-            "+actor_rollout_ref.rollout.custom": {
-                key: verl_args.quoted(value) for key, value in custom.items()
-            },
+            "+actor_rollout_ref.rollout.custom": {key: quoted(value) for key, value in custom.items()},
             "+actor_rollout_ref.rollout.agent.agent_loop_manager_class": MANAGER,
             "trainer.save_freq": -1,
         }

@@ -49,7 +49,8 @@ def train(
     from recast_cli.models import require_start
     from recast_cli.outputs import exclusive, refuse_inside
     from recast_cli.recipe import load_recipe
-    from recast_cli.training import placement, process, run_directory, verl_args, warm_start
+    from recast_cli.training import placement, process, run_directory, warm_start
+    from recast_cli.training.hydra_overrides import require_config
     from recast_cli.training.inputs import Inputs
     from recast_cli.training.resume import last_checkpoint
 
@@ -76,7 +77,7 @@ def train(
     first = last_checkpoint(out / "checkpoints") if resume else 0
     jobs = _jobs(settings, inputs, make_start=make_start, first=first)
     for module, arguments in jobs.values():
-        verl_args.require_config(module, arguments)
+        require_config(module, arguments)
     if dry_run:
         _show(settings, inputs, jobs, json_output=json_output)
         return

@@ -42,6 +42,7 @@ def verl_args(
     from recast_cli.recipe import load_recipe
     from recast_cli.training import placement, warm_start
     from recast_cli.training import verl_args as launch
+    from recast_cli.training.hydra_overrides import require_config
     from recast_cli.training.inputs import Inputs
     from recast_cli.training.pasted import pasted
 
@@ -72,7 +73,7 @@ def verl_args(
         num_levels=inputs.num_levels,
         rollout_log=None,
     )
-    launch.require_config(launch.RL_MODULE, arguments)
+    require_config(launch.RL_MODULE, arguments)
     lines = pasted(arguments, plugin_only=plugin_only)
     environment = {"VERL_PLATFORM": "cpu"} if placement.resolve_device(settings) == "cpu" else {}
     if json_output:

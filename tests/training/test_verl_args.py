@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from recast_cli.errors import RecipeError
 from recast_cli.recipe import Recipe, load_recipe
 from recast_cli.training import run, verl_args
+from recast_cli.training.hydra_overrides import CONFIGS, require_config
 from recast_cli.training.inputs import Inputs
 
 ROOT = Path(__file__).parent.parent.parent
@@ -51,7 +52,7 @@ def parse(arguments: list[str]) -> dict[str, Any]:
 def composed(module: str, arguments: list[str]) -> DictConfig:
     folder = Path(verl.__file__).parent / "trainer" / "config"
     with initialize_config_dir(str(folder), version_base=None):
-        return compose(verl_args.CONFIGS[module], overrides=arguments)
+        return compose(CONFIGS[module], overrides=arguments)
 
 
 def rl(recipe: Recipe, **paths: Path) -> list[str]:
@@ -121,9 +122,9 @@ def test_a_recipes_own_verl_keys_come_last(make_recipe) -> None:
     ],
 )
 def test_an_override_that_verl_does_not_know_is_refused(make_recipe, key: str, value, message: str) -> None:
-    verl_args.require_config(verl_args.RL_MODULE, rl(make_recipe()))
+    require_config(verl_args.RL_MODULE, rl(make_recipe()))
     with pytest.raises(RecipeError, match=message) as caught:
-        verl_args.require_config(verl_args.RL_MODULE, rl(make_recipe(verl={key: value})))
+        require_config(verl_args.RL_MODULE, rl(make_recipe(verl={key: value})))
     assert caught.value.message.startswith("verl.trainer.main_ppo refuses an override of the recipe: ")
     assert "\n" not in caught.value.message
 
