@@ -15,7 +15,6 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,24 +53,34 @@ def same(one: Job, other: Job) -> dict[str, bool]:
     }
 
 
-def kill_and_resume(folder: Path, name: str, moment: float | None, whole: Job) -> dict[str, Any]:
-    """Kill a run `moment` seconds after its start, or (None) inside its second checkpoint, and go on."""
+def kill(folder: Path, name: str, moment: float | None) -> dict[str, Any]:
+    """Kill a run `moment` seconds after its start, or (None) inside its second checkpoint."""
     torn, began = folder / name / "checkpoints" / "global_step_2", time.monotonic()
-    when: Callable[[], bool] = (
-        torn.is_dir if moment is None else lambda: time.monotonic() - began > (moment or 0)
-    )
-    killed = train_until(when, command(name)[1:], folder)
-    step, is_torn = last_checkpoint(folder / name / "checkpoints"), torn.is_dir()
-    resumed = train(folder, name, "--resume")
+
+    def reached() -> bool:
+        return torn.is_dir() if moment is None else time.monotonic() - began > moment
+
+    killed = train_until(reached, command(name)[1:], folder)
+    step = last_checkpoint(folder / name / "checkpoints")
     return {
         "seconds": moment,
         "killed": killed.returncode == -9,
-        "inside_checkpoint": is_torn and step == 1,
         "from_step": step,
-        "resumed": resumed.code,
-        **({"weights": False, "rollouts": False} if resumed.code else same(resumed, whole)),
-        **({"stderr": resumed.stderr[-500:]} if resumed.code else {}),
+        "inside_checkpoint": torn.is_dir() and step == 1,
     }
+
+
+def kill_and_resume(folder: Path, name: str, moment: float | None, whole: Job) -> dict[str, Any]:
+    """Kill a run and go on with it; a checkpoint that was finished first is tried again."""
+    for attempt in range(5):
+        out = f"{name}-{attempt}"
+        found = kill(folder, out, moment)
+        if moment is not None or found["inside_checkpoint"]:
+            break
+    resumed = train(folder, out, "--resume")
+    if resumed.code:
+        return found | {"weights": False, "rollouts": False, "stderr": resumed.stderr[-500:]}
+    return found | same(resumed, whole)
 
 
 def main() -> None:
