@@ -92,9 +92,9 @@ def test_two_ranks_share_whole_groups_and_make_the_same_update(recast_job: Job, 
     assert sorted(updates) == [(rank, PROMPTS) for rank in (0, 0, 1, 1)], "two groups of two rows"
     assert len(found) == STEPS
     first, alone = found[0], recast_job.metrics[0]
-    assert {name: value for name, value in first.items() if name.startswith("signal/")} == {
-        name: value for name, value in alone.items() if name.startswith("signal/")
-    }
+    names = [name for name in alone if name.startswith("signal/")]
+    # log-probs of other batches differ in their last digit
+    assert {name: first[name] for name in names} == pytest.approx({name: alone[name] for name in names})
     for name in ("actor/grad_norm", "actor/entropy", "actor/kl_loss"):
         assert first[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-6), name
     # both servers answer with the newest weights, which each of them got whole
