@@ -2,9 +2,11 @@
 
     python benchmarks/kill_points.py
 
-A run here is warm start and RL on the CPU (one rank, float32). Moments are drawn from its whole length. After
-each kill `recast train --resume` must end with the weights and rollouts of the run that nobody killed, bit
-for bit. Tests hold two such moments (tests/plugin/test_verl_failures.py), whose apparatus this uses.
+A run here is warm start and RL on the CPU (one rank, float32). A moment is a step, drawn from all, and a
+while after its record: up to what the next one takes, before the first step up to what warm start and launch
+take. After each kill `recast train --resume` must end with the weights and rollouts of the run that nobody
+killed, bit for bit. Tests hold two such moments (tests/plugin/test_verl_failures.py), whose apparatus this
+uses.
 """
 
 from __future__ import annotations
@@ -16,13 +18,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from recast_cli.outputs import atomic_text
 from recast_cli.profiling.profile import machine
 from recast_cli.provenance import git_state, versions
+from recast_cli.training.process import read_metrics
 from recast_cli.training.resume import last_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +33,14 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "plugin")]
 
 from jobs import RECIPE, Job, recast, succeed, train_until, weights  # noqa: E402
 from plugin_artifacts import write_artifacts  # noqa: E402
+
+
+class Moment(NamedTuple):
+    """So many seconds after the record of a step (0: after the start)."""
+
+    step: int
+    seconds: float
+
 
 RESULT = Path(__file__).parent / "results" / "kill_points.json"
 STEPS = 4
@@ -53,24 +64,29 @@ def same(one: Job, other: Job) -> dict[str, bool]:
     }
 
 
-def kill(folder: Path, name: str, moment: float | None) -> dict[str, Any]:
-    """Kill a run `moment` seconds after its start, or (None) inside its second checkpoint."""
-    torn, began = folder / name / "checkpoints" / "global_step_2", time.monotonic()
+def kill(folder: Path, name: str, moment: Moment | None) -> dict[str, Any]:
+    """Kill a run at a moment, or (None) inside its second checkpoint."""
+    torn, log = folder / name / "checkpoints" / "global_step_2", folder / name / "metrics.jsonl"
+    since: list[float] = []  # when the moment's step was seen in the log
 
     def reached() -> bool:
-        return torn.is_dir() if moment is None else time.monotonic() - began > moment
+        if moment is None:
+            return torn.is_dir()
+        if not since and len(read_metrics(log)) >= moment.step:
+            since.append(time.monotonic())
+        return bool(since) and time.monotonic() - since[0] > moment.seconds
 
     killed = train_until(reached, command(name)[1:], folder)
     step = last_checkpoint(folder / name / "checkpoints")
     return {
-        "seconds": moment,
+        "moment": moment,
         "killed": killed.returncode == -9,
         "from_step": step,
         "inside_checkpoint": torn.is_dir() and step == 1,
     }
 
 
-def kill_and_resume(folder: Path, name: str, moment: float | None, whole: Job) -> dict[str, Any]:
+def kill_and_resume(folder: Path, name: str, moment: Moment | None, whole: Job) -> dict[str, Any]:
     """Kill a run and go on with it; a checkpoint that was finished first is tried again."""
     for attempt in range(5):
         out = f"{name}-{attempt}"
@@ -101,7 +117,11 @@ def main() -> None:
         whole = succeed(train(folder, "whole"))
         facts["uninterrupted_s"] = seconds = time.monotonic() - began
         rng = random.Random(args.seed)
-        moments: list[float | None] = [None, *sorted(rng.uniform(1, seconds) for _ in range(args.points - 1))]
+        step_s = sum(each["timing_s/step"] for each in whole.metrics[1:]) / (STEPS - 1)
+        before_s = seconds - STEPS * step_s
+        drawn = sorted((rng.randrange(STEPS), rng.random()) for _ in range(args.points - 1))
+        later = [Moment(step, share * (step_s if step else before_s)) for step, share in drawn]
+        moments: list[Moment | None] = [None, *later]
         print(f"uninterrupted: {seconds:.0f} s")
         facts["points"] = []
         for number, moment in enumerate(moments):
