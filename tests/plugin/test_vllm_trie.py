@@ -290,7 +290,7 @@ def test_engine_without_a_tokenizer_artifact_does_not_start(tokenizer_folder: Pa
         additional_config={"recast_tokenizer": str(tokenizer_folder)},
         model_config=SimpleNamespace(get_vocab_size=lambda: 20),
     )
-    with pytest.raises(ValueError, match="the model has 20 tokens, codes use ids up to 26"):
+    with pytest.raises(ValueError, match="the model has 20 tokens, codes use ids up to 28"):
         TrieLogitsProcessor(config, torch.device("cpu"), False)
 
 
