@@ -10,17 +10,13 @@ bar is 2e-5.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
-from typing import Any
 
-from recast_cli.outputs import atomic_text
-from recast_cli.profiling.profile import machine
-from recast_cli.provenance import git_state, versions
+import record
 
 RESULT = Path(__file__).parent / "results" / "equality.json"
 TEST = Path(__file__).parents[1] / "tests" / "plugin" / "test_loss_equality.py"
@@ -43,6 +39,7 @@ def main() -> None:
     parser.add_argument("--result", type=Path, default=RESULT)
     args = parser.parse_args()
 
+    start = record.before()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         options = ["-q", "-p", "no:xdist", f"--junitxml={report}", "-o", "junit_family=xunit1"]
@@ -50,13 +47,7 @@ def main() -> None:
         found = errors(report)
     for name, values in found.items():
         print(f"{max(values):.1e} at most of {len(values):3d}  {name}")
-    facts: dict[str, Any] = {
-        "git": git_state(),
-        "versions": versions(),
-        "machine": machine(),
-        "errors": found,
-    }
-    atomic_text(args.result, json.dumps(facts, indent=2) + "\n")
+    record.write(args.result, start, {"errors": found})
 
 
 if __name__ == "__main__":

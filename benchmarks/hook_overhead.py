@@ -9,16 +9,12 @@ on the model. It reads every rollout from the TransferQueue, writes the anchors 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
-from recast_cli.outputs import atomic_text
-from recast_cli.profiling.profile import machine
-from recast_cli.provenance import git_state, versions
+import record
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "plugin")]
@@ -51,7 +47,7 @@ def main() -> None:
     parser.add_argument("--result", type=Path, default=RESULT)
     args = parser.parse_args()
 
-    facts: dict[str, Any] = {"git": git_state(), "prompts": PROMPTS, "group": GROUP}
+    start = record.before()
     found = timings(args.steps)
     hook = sorted(step["recast_hook"] for step in found)
     share = statistics.median(step["recast_hook"] / step["step"] for step in found)
@@ -60,9 +56,8 @@ def main() -> None:
         f"hook: {median:.3f} s a step ({hook[0]:.3f} to {hook[-1]:.3f}, {len(hook)} steps), "
         f"{1e6 * median / (PROMPTS * GROUP):.0f} us a rollout, {share:.1%} of the step"
     )
-    facts |= {"timings": found, "median_s": median, "share_of_step": share}
-    facts |= {"versions": versions(), "machine": machine()}
-    atomic_text(args.result, json.dumps(facts, indent=2) + "\n")
+    facts = {"prompts": PROMPTS, "group": GROUP, "median_s": median, "share_of_step": share, "timings": found}
+    record.write(args.result, start, facts)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,9 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import record
 import torch
 
-from recast_cli.outputs import atomic_text
-from recast_cli.profiling.profile import machine
-from recast_cli.provenance import git_state, versions
 from recast_cli.training.process import read_metrics
 from recast_cli.training.resume import last_checkpoint
 
@@ -108,7 +106,7 @@ def main() -> None:
     parser.add_argument("--result", type=Path, default=RESULT)
     args = parser.parse_args()
 
-    facts: dict[str, Any] = {"git": git_state(), "seed": args.seed, "steps": STEPS}
+    start, facts = record.before(), {"seed": args.seed, "steps": STEPS}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         data, tokenizer = write_artifacts(folder)
@@ -131,8 +129,7 @@ def main() -> None:
     points = facts["points"]
     good = sum(found["weights"] and found["rollouts"] for found in points)
     print(f"{good} of {len(points)} ended as the run that nobody killed")
-    facts |= {"versions": versions(), "machine": machine()}
-    atomic_text(args.result, json.dumps(facts, indent=2) + "\n")
+    record.write(args.result, start, facts)
     sys.exit(good != len(points))
 
 

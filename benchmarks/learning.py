@@ -22,15 +22,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import polars.selectors as cs
+import record
 
 import recast_cli.main  # noqa: F401  its OpenMP policy, which torch reads when it is imported
 from recast_cli.core.ranking import ndcg_of_rank, paired_bootstrap
@@ -40,9 +38,6 @@ from recast_cli.data.prompts import CHAT_TEMPLATE
 from recast_cli.data.render import render
 from recast_cli.evaluation.evaluate import evaluate_model
 from recast_cli.evaluation.recommender import Recommender
-from recast_cli.outputs import atomic_text
-from recast_cli.profiling.profile import machine
-from recast_cli.provenance import git_state, versions
 from recast_cli.recipe import Recipe
 from recast_cli.tokenizer.build import TokenizerParams, build
 from recast_cli.training import run, run_directory, warm_start
@@ -269,15 +264,10 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     arguments = parser.parse_args()
     names = ("users", "items", "sparsity", "steps", "prompts", "learning_rate", "epochs")
-    facts: dict[str, Any] = {
-        "command": " ".join(["python benchmarks/learning.py", *sys.argv[1:]]),
-        "git": git_state(),
-        "load_average_before": os.getloadavg(),
-    }
+    start = record.before()
     options = options_of(**{name: getattr(arguments, name) for name in names})
     result = study(arguments.out, arguments.seeds, arguments.arms, options)
-    facts |= {"versions": versions(), "machine": machine()}
-    atomic_text(arguments.result, json.dumps(facts | result, indent=2) + "\n")
+    record.write(arguments.result, start, result)
     for arm, metrics in result["difference"].items():
         cells = [
             f"{name} {mean:+.4f} [{low:+.4f}, {high:+.4f}]" for name, (mean, low, high) in metrics.items()

@@ -11,8 +11,6 @@ B prompts, G rollouts, R rows (pairs), P padded tokens, L levels, V vocabulary.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ import learning
 import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
+import record
 import torch
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -30,9 +29,6 @@ from recast_cli.core.sampling import sample
 from recast_cli.core.scoring import score_rollouts
 from recast_cli.core.seeding import tie_keys, uniforms
 from recast_cli.core.trie import Trie
-from recast_cli.outputs import atomic_text
-from recast_cli.profiling.profile import machine
-from recast_cli.provenance import git_state, versions
 from recast_cli.vocabulary import Vocabulary, encode_prompts
 
 RESULT = Path(__file__).parent / "results" / "masked_actor.json"
@@ -184,13 +180,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    facts: dict[str, Any] = {
-        "command": " ".join(["python benchmarks/masked_actor.py", *sys.argv[1:]]),
-        "git": git_state(),
-        "versions": versions(),
-        "machine": machine(),
-        "seeds": arguments.seeds,
-    }
+    start, facts = record.before(), {"seeds": arguments.seeds}
     found = [run_seed(arguments.out / f"seed-{seed}", seed) for seed in arguments.seeds]
     pooled = {name: pl.concat([tables[name] for tables in found]) for name in ("warm start", *ARMS)}
     facts |= {
@@ -200,7 +190,7 @@ def main() -> None:
             "per_seed": lambda arm, metric: [learning.difference(tables, arm, metric) for tables in found],
         }.items()
     }
-    atomic_text(arguments.result, json.dumps(facts, indent=2) + "\n")
+    record.write(arguments.result, start, facts)
     for arm, metrics in facts["difference"].items():
         print(f"{arm:14}", {name: [round(x, 4) for x in interval] for name, interval in metrics.items()})
 

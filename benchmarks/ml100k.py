@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -25,13 +24,12 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import record
 from learning import difference
 
 from recast_cli.artifacts import weights_sha256
 from recast_cli.core.ranking import hit_of_rank, ndcg_of_rank
 from recast_cli.outputs import atomic_text
-from recast_cli.profiling.profile import machine
-from recast_cli.provenance import git_state, versions
 
 ROOT = Path(__file__).parent.parent
 RESULT = Path(__file__).parent / "results" / "ml100k.json"
@@ -179,18 +177,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side, 6 GiB each")
     arguments = parser.parse_args()
-    facts: dict[str, Any] = {
-        "command": " ".join(["python benchmarks/ml100k.py", *sys.argv[1:]]),
-        "git": git_state(),
-        "load_average_before": os.getloadavg(),
-    }
+    start = record.before()
     study = Study(arguments.out, arguments.jobs, arguments.epochs, arguments.steps)
     study.prepare(arguments.seeds)
     rates = choose_rates(study, arguments.seeds[0], arguments.arms, arguments.rates)
     result = compare(study, arguments.seeds, {arm: found["rate"] for arm, found in rates.items()})
     sizes = {"seeds": arguments.seeds, "epochs": arguments.epochs, "steps": arguments.steps}
-    facts |= {"versions": versions(), "machine": machine()}
-    atomic_text(arguments.result, json.dumps(facts | sizes | {"rates": rates} | result, indent=2) + "\n")
+    record.write(arguments.result, start, sizes | {"rates": rates} | result)
     show(rates, result)
 
 

@@ -9,17 +9,13 @@ than what is measured. The bar is 0.05 s for the median.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
-from recast_cli.outputs import atomic_text
-from recast_cli.profiling.profile import machine
-from recast_cli.provenance import git_state, versions
+import record
 
 RESULT = Path(__file__).parent / "results" / "plugin_import.json"
 PROGRAM = """
@@ -49,14 +45,13 @@ def main() -> None:
     parser.add_argument("--result", type=Path, default=RESULT)
     args = parser.parse_args()
 
-    facts: dict[str, Any] = {"git": git_state(), "load_average_before": os.getloadavg()}
+    start = record.before()
     found = [seconds() for _ in range(args.repeats + 1)][1:]  # the first reads the files from the disk
     verl = statistics.median(verl for verl, _ in found)
     plugin = sorted(plugin for _, plugin in found)
     median = statistics.median(plugin)
     print(f"import verl: {verl:.2f} s; the plugin: {median:.4f} s ({plugin[0]:.4f} to {plugin[-1]:.4f})")
-    facts |= {"seconds": found, "median": median, "versions": versions(), "machine": machine()}
-    atomic_text(args.result, json.dumps(facts, indent=2) + "\n")
+    record.write(args.result, start, {"seconds": found, "median": median})
 
 
 if __name__ == "__main__":

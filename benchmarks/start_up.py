@@ -8,18 +8,13 @@ Both alternate, so that a busy machine slows both. The bar is 0.3 s for the medi
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-from recast_cli.outputs import atomic_text
-from recast_cli.profiling.profile import machine
-from recast_cli.provenance import git_state, versions
+import record
 
 RESULT = Path(__file__).parent / "results" / "start_up.json"
 COMMANDS = {
@@ -37,21 +32,20 @@ def main() -> None:
     parser.add_argument("--result", type=Path, default=RESULT)
     args = parser.parse_args()
 
-    facts: dict[str, Any] = {"git": git_state(), "load_average_before": os.getloadavg()}
+    start = record.before()
     seconds: dict[str, list[float]] = {name: [] for name in COMMANDS}
     for _ in range(args.repeats + 1):  # the first reads the files from the disk
         for name, command in COMMANDS.items():
-            start = time.perf_counter()
+            began = time.perf_counter()
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.perf_counter() - began)
     medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
     for name, values in seconds.items():
         print(
             f"{name:17} {medians[name]:.3f} s ({min(values[1:]):.3f}-{max(values[1:]):.3f}), "
             f"first {values[0]:.3f} s, {medians[name] / medians['python']:.1f} x python"
         )
-    facts |= {"seconds": seconds, "median": medians, "versions": versions(), "machine": machine()}
-    atomic_text(args.result, json.dumps(facts, indent=2) + "\n")
+    record.write(args.result, start, {"seconds": seconds, "median": medians})
 
 
 if __name__ == "__main__":
