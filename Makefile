@@ -60,7 +60,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(BIN)/python -c 'from importlib.metadata import version as v; print("ready:", *(f"{n} {v(n)}" for n in ("verl-recast", "verl", "torch")))'
 
 test: setup lint ## lint, type check and the test suite (without the long verl runs)
-	@$(BIN)/python -m pytest -m "not verl and not vllm and not gpu and not demo" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m "not verl and not vllm and not gpu and not demo" -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-verl: setup ## the tests that start real verl jobs, two at a time (12 GiB of memory)
 	@$(BIN)/python -m pytest -m verl -n 2 --dist loadgroup $(PYTEST_ARGS)
