@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -13,17 +12,9 @@ pytestmark = pytest.mark.verl
 ARMS = ["recast w-=0.25", "grpo kl=1"]
 
 
-def benchmark() -> ModuleType:
-    path = Path(__file__).parents[1] / "benchmarks" / "learning.py"
-    spec = importlib.util.spec_from_file_location("learning", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_log_prob_and_ndcg_rise_on_unseen_rows(tmp_path: Path) -> None:
-    learning = benchmark()
+def test_log_prob_and_ndcg_rise_on_unseen_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    learning = importlib.import_module("learning")
     result = learning.study(tmp_path, [0], ARMS, learning.options_of())
     for arm in ARMS:
         for metric in ("target_log_prob", "ndcg@10"):
