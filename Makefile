@@ -55,7 +55,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@set -o pipefail; { $(PIP) install --no-compile -e '.[cpu,embed,dev]' -c $(CONSTRAINTS) 2>&1 | $(DOTS); } || $(FAILED)
 	@# pip would compile on one core; a file that does not compile (a template) is none of ours.
 	@echo '[4/4] bytecode'
-	@$(BIN)/python -m compileall -q -j 0 -x '/tests/' $(VENV)/lib >> $(LOG) 2>&1 || true
+	@$(BIN)/python -m compileall -q -j 0 -x '/tests/' $(VENV)/lib recast_cli plugins >> $(LOG) 2>&1 || true
 	@touch $@
 	@$(BIN)/python -c 'from importlib.metadata import version as v; print("ready:", *(f"{n} {v(n)}" for n in ("verl-recast", "verl", "torch")))'
 
@@ -63,7 +63,7 @@ test: setup lint ## lint, type check and the test suite (without the long verl r
 	@$(BIN)/python -m pytest -m "not verl and not vllm and not gpu and not demo" -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-verl: setup ## the tests that start real verl jobs, two at a time (12 GiB of memory)
-	@$(BIN)/python -m pytest -m verl -n 2 --dist loadgroup $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m verl -n 2 --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
 
 setup-vllm: $(VLLM_VENV)/.setup-done ## an environment of its own with vLLM's CPU build (VLLM=0.28.0 or 0.24.0)
 
@@ -89,7 +89,7 @@ $(VLLM_PINS):
 	@echo "error: no $@" >&2; echo "hint: VLLM= one of $(patsubst constraints/vllm-%.txt,%,$(wildcard constraints/vllm-*.txt))" >&2; exit 2
 
 test-vllm: setup-vllm ## the tests against real vLLM, under verl and alone
-	@$(VLLM_BIN)/python -m pytest -m vllm $(VLLM_TESTS) $(PYTEST_ARGS)
+	@$(VLLM_BIN)/python -m pytest -m vllm -n 2 --dist loadfile $(VLLM_TESTS) $(PYTEST_ARGS)
 
 demo: setup ## the whole product on MovieLens-100K (9 to 20 minutes on two cores)
 	@$(BIN)/recast demo $(DEMO_ARGS)

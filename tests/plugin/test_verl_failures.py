@@ -77,7 +77,6 @@ def test_failed_rollout_ends_the_run_with_its_cause(recast_job: Job, workspace: 
 @pytest.mark.parametrize(
     ("title", "named"),
     [
-        ("ray::GroupLoopWorker", "agent_loop_worker_0"),
         ("ray::SIDServer", "recast_sid_server_0"),
         ("ray::RewardLoopWorker", "worker reward_loop_worker_0 died"),
     ],
