@@ -4,9 +4,9 @@
 
 CASES.pt holds a list of dicts: `columns` (name -> list of tensors, one for each row in rank-major order),
 `extra` (what the trainer sends beside the rows), `actor` (fields of verl's actor config to set). It may hold
-`tokenizer`, a folder to whose catalogue this case and all after it are masked, and `infer`. OUT.pt gets, for
-each case, the gradient before every optimiser step, or with `infer` the log-probs and entropies of every
-token.
+`tokenizer`, a folder to whose catalogue this case and all after it are masked, `share`, from which case on
+prompts are shared, and `infer`. OUT.pt gets, for each case, the gradient before every optimiser step, or with
+`infer` the log-probs and entropies of every token, then the tokens that each call of the model read.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from verl.workers.utils.losses import ppo_loss
 
 from verl_recast.catalogue import Catalogue
 from verl_recast.masked_actor import mask_engine
+from verl_recast.shared_prompts import share_engine
 
 
 def actor_and_model(model: str) -> tuple[Any, Any]:
@@ -89,6 +90,10 @@ def main() -> None:
         return step()
 
     engine.optimizer_step = recorded_step
+    read: list[int] = []
+    engine.module.register_forward_pre_hook(
+        lambda _, __, given: read.append(given["input_ids"].numel()), with_kwargs=True
+    )
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     for case in torch.load(cases_file):
         for name, value in case["actor"].items():
@@ -96,6 +101,9 @@ def main() -> None:
         worker.set_loss_fn(partial(ppo_loss, config=actor))
         if folder := case.get("tokenizer"):
             mask_engine(engine, Catalogue.load(folder))
+        if case.get("share"):
+            share_engine(engine)
+        read.clear()
         share = len(case["columns"]["input_ids"]) // ranks
         columns = {
             name: torch.nested.as_nested_tensor(rows[rank * share : (rank + 1) * share], layout=torch.jagged)
@@ -106,6 +114,7 @@ def main() -> None:
         if case.get("infer"):
             output = worker.infer_batch(data)
             found[-1] += [output[name].unbind() for name in ("log_probs", "entropy")]
+            found[-1].append(torch.tensor(read))
         else:
             worker.train_mini_batch(data)
     if rank == 0:

@@ -123,7 +123,7 @@ def test_old_log_probs_are_what_rollouts_were_drawn_with(
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(tokenizer_folder / "model", dtype=torch.float32)
     catalogue = Catalogue.load(tokenizer_folder)
-    log_probs, entropies = found[packed, True]
+    log_probs, entropies, _ = found[packed, True]
     for place, row in enumerate(rows):
         with torch.no_grad():
             plain = (model(input_ids=row["input_ids"][None]).logits[0] / TEMPERATURE).log_softmax(-1)

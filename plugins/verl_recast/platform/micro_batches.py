@@ -67,7 +67,17 @@ def prepare(data: TensorDict, dp_group: Any = None, **_: Any) -> tuple[list[Any]
     if not tu.get_non_tensor_data(data=data, key="use_dynamic_bsz", default=True):
         return utils.prepare_micro_batches(data, dp_group)
     lengths = data["input_ids"].offsets().diff().numpy()
-    parts = by_length(lengths, int(data["max_token_len_per_gpu"]))
+    return take(data, by_length(lengths, int(data["max_token_len_per_gpu"])), dp_group)
+
+
+def take(
+    data: TensorDict, parts: list[np.ndarray], dp_group: Any
+) -> tuple[list[TensorDict], list[list[int]]]:
+    """Micro-batches of the rows in each part, as many on every rank; what verl expects of them.
+
+    Returns:
+        The micro-batches, and the row numbers of each.
+    """
     parts = _equal_count(parts, dp_group)
     return _select(data, parts), [rows.tolist() for rows in parts]
 

@@ -1,0 +1,91 @@
+"""Shared prompts in verl's own worker: gradients and log-probs of rows read alone, from fewer tokens.
+
+Groups of ragged prompts and answers, whole and as pairs (test_loss_equality.py); masked rows of a catalogue
+(test_masked_actor.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_loss_equality import GROUP, KL_AND_ENTROPY, PROMPTS, Step, case, gradients, make_step
+from test_masked_actor import PADDING, rows  # noqa: F401
+
+WHOLE, PAIRS = "whole", "pairs"
+Key = tuple[Any, ...]
+Found = dict[Key, list[Any]]
+
+
+@pytest.fixture(scope="module")
+def step() -> Step:
+    return make_step()
+
+
+@pytest.fixture(scope="module")
+def found(step: Step, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """What the child recorded by (ranks, shared, rows, size of micro-batches); `log_probs` in its place."""
+    folder, answers = tmp_path_factory.mktemp("shared"), {}
+    groups = {
+        WHOLE: ({b: rows_G[rows_G >= 0].tolist() for b, rows_G in enumerate(step.rows_BG)}, GROUP),
+        PAIRS: (step.kept, 2),
+    }
+    for ranks in (1, 2):
+        made: dict[Key, dict[str, Any]] = {}
+        for shared, kind, size in itertools.product((False, True), groups, (2, None)):
+            options = {"scale": "kept", "mode": "token-mean", "micro_batch_size": size, **KL_AND_ENTROPY}
+            made[ranks, shared, kind, size] = case(step, *groups[kind], ranks, **options)
+            if not made[ranks, shared, kind, size]["extra"]["use_dynamic_bsz"]:
+                continue
+            made[ranks, shared, kind, "log_probs"] = case(step, *groups[kind], ranks, **options) | {
+                "infer": True
+            }
+        for (_, shared, _, size), each in made.items():
+            each["share"] = shared and not any(earlier.get("share") for earlier in made.values())
+            each["extra"]["calculate_entropy"] = True
+            if size in (None, "log_probs"):
+                each["extra"]["max_token_len_per_gpu"] = 60
+        out = gradients(list(made.values()), ranks, tokenizer_folder / "model", folder)
+        answers |= dict(zip(made, out, strict=True))
+    return answers
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kind", [WHOLE, PAIRS])
+@pytest.mark.parametrize("size", [2, None])
+def test_gradients_are_those_of_rows_read_alone(
+    found: Found, kind: str, size: int | None, ranks: int
+) -> None:
+    alone, shared = found[ranks, False, kind, size], found[ranks, True, kind, size]
+    assert len(alone) == len(shared) == 3
+    for one, other in zip(alone, shared, strict=True):
+        assert one.norm() > 1e-4
+        assert float((one - other).norm() / one.norm()) <= 5e-6
+
+
+@pytest.mark.parametrize("kind", [WHOLE, PAIRS])
+def test_log_probs_and_entropies_are_those_of_rows_read_alone(found: Found, step: Step, kind: str) -> None:
+    *alone, read_alone = found[1, False, kind, "log_probs"]
+    *shared, read_shared = found[1, True, kind, "log_probs"]
+    for one, other in zip(alone, shared, strict=True):
+        for row_alone, row_shared in zip(one, other, strict=True):
+            assert len(row_alone) == len(row_shared)
+            answer = row_shared != 0
+            assert 1 <= int(answer.sum()) <= 7  # the last of the prompt and the answer but for its end: 6 + 1
+            torch.testing.assert_close(row_shared[answer][:-1], row_alone[answer][:-1], rtol=0, atol=1e-5)
+    assert int(read_shared.sum()) < int(read_alone.sum())
+
+
+def test_every_prompt_is_read_once_where_micro_batches_allow_it(found: Found, step: Step) -> None:
+    lengths = np.array([len(each["input_ids"]) for each in step.columns]).reshape(PROMPTS, GROUP)
+    answers = np.array([len(each["responses"]) for each in step.columns]).reshape(PROMPTS, GROUP)
+    there = step.rows_BG >= 0
+    prompts = (lengths - answers)[:, 0].sum()
+    filled = 9 + 1  # the rows that fill the batch up are one prompt of 9 with an answer of 1
+    read = found[1, True, WHOLE, "log_probs"][-1]
+    num_filled = PROMPTS * GROUP - int(there.sum())
+    assert int(read.sum()) == prompts + (answers * there).sum() + (filled - 1 + num_filled)
