@@ -91,6 +91,7 @@ class RL(Section):
         False,
         description="log-probs of actor and reference renormalised over the trie, as rollouts are drawn",
     )
+    share_prompt: bool = Field(False, description="actor and reference read the prompt of a group once")
     learning_rate: Rate = 2e-6
     warmup_steps: Annotated[int, Field(ge=0)] = 10
     weight_decay: Weight = 0.1

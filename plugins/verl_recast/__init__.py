@@ -8,6 +8,7 @@ Importing it only plants import hooks; each piece registers itself when verl imp
 - rollout engine `recast_sid`   actor_rollout_ref.rollout.name=recast_sid
 - rollout engine `recast_vllm`  actor_rollout_ref.rollout.name=recast_vllm
 - masked actor                  actor_rollout_ref.rollout.custom.masked_actor=true
+- shared prompts                actor_rollout_ref.rollout.custom.share_prompt=true
 - platform `cpu`                environment variable VERL_PLATFORM=cpu
 - cost of each engine call      environment variable RECAST_MEASURE=FILE (`recast profile`)
 
@@ -104,12 +105,13 @@ def _register_engine() -> None:
     from verl_recast.platform import engine  # noqa: F401  (its class decorator registers it)
 
 
-def _mask_actors() -> None:
+def _extend_workers() -> None:
     from verl.workers.engine_workers import ActorRolloutRefWorker
 
-    from verl_recast import masked_actor
+    from verl_recast import masked_actor, shared_prompts
 
     masked_actor.mask_workers(ActorRolloutRefWorker)
+    shared_prompts.share_workers(ActorRolloutRefWorker)
 
 
 def _measure_engine() -> None:
@@ -131,6 +133,6 @@ after_import("verl.trainer.ppo.core_algos", _register_estimator)
 after_import("verl.trainer.ppo.v1.trainer_sync", _register_trainer)
 after_import("verl.workers.rollout.replica", _register_replica)
 after_import("verl.workers.rollout.base", _register_rollout)
-after_import("verl.workers.engine_workers", _mask_actors)
+after_import("verl.workers.engine_workers", _extend_workers)
 if os.environ.get("RECAST_MEASURE"):
     after_import("verl.workers.engine.fsdp.transformer_impl", _measure_engine)

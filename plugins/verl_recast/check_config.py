@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from verl_recast import ROLLOUT_NAME, VLLM_ROLLOUT_NAME, masked_actor
+from verl_recast import ROLLOUT_NAME, VLLM_ROLLOUT_NAME, masked_actor, shared_prompts
 from verl_recast.settings import ESTIMATOR, TRAINER_MODE, RecastSettings, RolloutSettings
 
 ENGINES = (ROLLOUT_NAME, VLLM_ROLLOUT_NAME)
@@ -35,6 +35,8 @@ def check_config(config: Any) -> None:
     _check_lora(worker, config.trainer.get("device"))
     if masked_actor.wanted(worker):
         masked_actor.require_maskable(worker)
+    if shared_prompts.wanted(worker):
+        shared_prompts.require_shareable(worker)
     if settings.tie_rule == "most-probable":
         needed = "True (algorithm.recast.tie_rule=most-probable compares sampling log-probs)"
         found = worker.rollout.calculate_log_probs

@@ -46,8 +46,8 @@ def require_maskable(worker: Any) -> None:
         (not compared, "rollout.calculate_log_probs", compared, f"False (engine {rollout.get('name')})"),
         (not fused, "model.use_fused_kernels", fused, "False (a fused kernel makes no logits)"),
         (not grouped, "actor.use_prefix_grouper", grouped, "False (it takes log-probs its own way)"),
-        *_of_engine("actor", actor),
-        *_of_engine("ref", worker.get("ref") or {}),
+        *of_engine("actor", actor),
+        *of_engine("ref", worker.get("ref") or {}),
     ):
         if not ok:
             raise ValueError(
@@ -55,8 +55,8 @@ def require_maskable(worker: Any) -> None:
             )
 
 
-def _of_engine(part: str, section: Any) -> Iterator[tuple[bool, str, Any, str]]:
-    """What the engine of the actor or of the reference must be: (holds, option, found, needed)."""
+def of_engine(part: str, section: Any) -> Iterator[tuple[bool, str, Any, str]]:
+    """What an engine of the actor or the reference must be to be changed: (holds, option, found, needed)."""
     strategy = section.get("strategy", "fsdp")
     yield strategy in ("fsdp", "fsdp2"), f"{part}.strategy", strategy, "fsdp or fsdp2"
     name = "ulysses_sequence_parallel_size"

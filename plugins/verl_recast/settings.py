@@ -107,6 +107,7 @@ class RolloutSettings:
         sampling: How a group is drawn.
         exclude_history: No rollout answers an item of its row's `extra_info.history`.
         masked_actor: Log-probs of actor and reference are those over the trie.
+        share_prompt: Actor and reference read the prompt of a group once.
         token_budget: Most tokens that the SID engine reads at once; 0 leaves it the choice.
         log: File that gets a JSON line per batch of prompts: the statistics of its groups, a hash of them.
         replay: Recording to answer from (`replay.py`).
@@ -118,13 +119,14 @@ class RolloutSettings:
     sampling: str = "iid"
     exclude_history: bool = False
     masked_actor: bool = False
+    share_prompt: bool = False
     token_budget: int = 0
     log: str | None = None
     replay: str | None = None
 
     def __post_init__(self) -> None:
         prefix = "actor_rollout_ref.rollout.custom"
-        for name in ("exclude_history", "masked_actor"):
+        for name in ("exclude_history", "masked_actor", "share_prompt"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{prefix}.{name} is {getattr(self, name)!r}, needs true or false")
         if self.sampling not in SAMPLINGS:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from recast_cli.recipe import CONTRASTING, REPAIRING, Recipe
+from recast_cli.recipe import CONTRASTING, REPAIRING, RL, Recipe
 from recast_cli.training.hydra_overrides import overrides, quoted
 from recast_cli.training.placement import packs_rows, resolve_device
 
@@ -181,8 +181,8 @@ def _rollout_options(recipe: Recipe, prompt_length: int, num_levels: int, log: P
     if log is not None:
         custom["log"] = quoted(log)
     # Only what differs from the engine's defaults: the command stays short.
-    for name, default in (("sampling", "iid"), ("exclude_history", False), ("masked_actor", False)):
-        if (chosen := getattr(recipe.rl, name)) != default:
+    for name in ("sampling", "exclude_history", "masked_actor", "share_prompt"):
+        if (chosen := getattr(recipe.rl, name)) != RL.model_fields[name].default:
             custom[name] = chosen
     options = {
         f"{rollout}.name": f"recast_{recipe.rollout}",

@@ -29,7 +29,7 @@ from verl.workers.utils.losses import ppo_loss
 
 from verl_recast.catalogue import Catalogue
 from verl_recast.masked_actor import mask_engine
-from verl_recast.shared_prompts import share_engine
+from verl_recast.shared_engine import share_engine
 
 
 def actor_and_model(model: str) -> tuple[Any, Any]:

@@ -57,6 +57,17 @@ def test_accepts_every_arm_with_an_estimator_that_fits_it() -> None:
     check_config(config(*arm("stock", "grpo"), "algorithm.use_kl_in_reward=True"))
 
 
+def test_shared_prompts_need_an_engine_that_reads_whole_rows() -> None:
+    custom = "+actor_rollout_ref.rollout.custom={share_prompt: true, tokenizer: t}"
+    check_config(config(custom))
+    for override, message in (
+        ("actor_rollout_ref.actor.use_prefix_grouper=True", "use_prefix_grouper is True, needs False"),
+        ("actor_rollout_ref.actor.pad_to_length=True", "actor.pad_to_length is True, needs False"),
+    ):
+        with pytest.raises(ValueError, match=rf"custom\.share_prompt: .*{message}"):
+            check_config(config(custom, override))
+
+
 def test_a_masked_actor_needs_the_catalogue_and_whole_logits() -> None:
     custom = "+actor_rollout_ref.rollout.custom={masked_actor: true, tokenizer: t}"
     engine = "actor_rollout_ref.rollout.name=recast_sid"

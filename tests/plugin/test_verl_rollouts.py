@@ -28,9 +28,9 @@ pytestmark = [pytest.mark.verl, pytest.mark.xdist_group("jobs")]
 
 @pytest.fixture(scope="module")
 def distinct_job(workspace: Path) -> Job:
-    """Whole groups of distinct items that the user did not have, in the stock trainer."""
-    options = ("rl.sampling=without-replacement", "rl.exclude_history=true", "method.name=grpo")
-    return succeed(train(workspace, "distinct", *options))
+    """Whole groups of distinct items that the user did not have; stock trainer, each prompt read once."""
+    options = ("rl.sampling=without-replacement", "rl.exclude_history=true", "rl.share_prompt=true")
+    return succeed(train(workspace, "distinct", "method.name=grpo", *options))
 
 
 @pytest.fixture(scope="module")

@@ -98,6 +98,7 @@ def test_how_groups_are_drawn_reaches_the_engine(make_recipe) -> None:
     assert set(plain["actor_rollout_ref.rollout.custom"]) == {"tokenizer", "log"}
     assert plain["actor_rollout_ref.rollout.top_p"] == 1.0
     options = {"sampling": "without-replacement", "exclude_history": True, "masked_actor": True}
+    options["share_prompt"] = True
     found = parse(rl(make_recipe(rl=options)))["actor_rollout_ref.rollout.custom"]
     assert {name: found[name] for name in options} == options
     assert parse(rl(make_recipe(rl={"top_p": 0.9})))["actor_rollout_ref.rollout.top_p"] == 0.9
