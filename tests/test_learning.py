@@ -16,7 +16,9 @@ ARMS = ["recast w-=0.25", "grpo kl=1"]
 def test_log_prob_and_ndcg_rise_on_unseen_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     learning = importlib.import_module("learning")
-    result = learning.study(tmp_path, [0], ARMS, learning.options_of(steps=16))
+    options = learning.options_of(steps=16)
+    options["rl"]["share_prompt"] = True  # the same gradients, from a tenth of GRPO's tokens
+    result = learning.study(tmp_path, [0], ARMS, options)
     for arm in ARMS:
         for metric in ("target_log_prob", "ndcg@10"):
             mean, low, high = result["difference"][arm][metric]
