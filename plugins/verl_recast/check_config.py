@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from verl_recast import ROLLOUT_NAME, VLLM_ROLLOUT_NAME, masked_actor, shared_prompts
+from verl_recast.actor_options import wanted
 from verl_recast.settings import ESTIMATOR, TRAINER_MODE, RecastSettings, RolloutSettings
 
 ENGINES = (ROLLOUT_NAME, VLLM_ROLLOUT_NAME)
@@ -33,9 +34,9 @@ def check_config(config: Any) -> None:
     _check_loss(worker)
     _check_rollout(worker.rollout)
     _check_lora(worker, config.trainer.get("device"))
-    if masked_actor.wanted(worker):
+    if wanted(worker, masked_actor.OPTION):
         masked_actor.require_maskable(worker)
-    if shared_prompts.wanted(worker):
+    if wanted(worker, shared_prompts.OPTION):
         shared_prompts.require_shareable(worker)
     if settings.tie_rule == "most-probable":
         needed = "True (algorithm.recast.tie_rule=most-probable compares sampling log-probs)"

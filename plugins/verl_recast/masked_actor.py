@@ -9,7 +9,6 @@ the logits of the answers are masked right before it, so that all it derives is 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,12 +18,10 @@ from verl.utils import tensordict_utils as tu
 
 from recast_cli.core.masked_policy import mask_answers
 from verl_recast import ROLLOUT_NAME
+from verl_recast.actor_options import extend_workers, require_plain_engine
 from verl_recast.catalogue import Catalogue, require_catalogue
 
-
-def wanted(worker: Any) -> bool:
-    """Whether an `actor_rollout_ref` config asks for a masked actor."""
-    return bool((worker.rollout.get("custom") or {}).get("masked_actor", False))
+OPTION = "masked_actor"
 
 
 def require_maskable(worker: Any) -> None:
@@ -36,33 +33,18 @@ def require_maskable(worker: Any) -> None:
     Raises:
         ValueError: naming the option, the value found and the value needed.
     """
-    actor, rollout = worker.actor, worker.rollout
-    fused, grouped = actor.get("use_fused_kernels", False), actor.get("use_prefix_grouper", False)
+    rollout = worker.rollout
     named = rollout.custom.get("tokenizer") or rollout.custom.get("catalogue")
     # Another engine does not know the log-probs over the trie, which the actor's would be compared with.
     compared = rollout.get("name") != ROLLOUT_NAME and bool(rollout.get("calculate_log_probs", False))
-    for ok, name, found, needed in (
-        (named, "rollout.custom.tokenizer", named, "a folder of recast build-tokenizer"),
-        (not compared, "rollout.calculate_log_probs", compared, f"False (engine {rollout.get('name')})"),
-        (not fused, "model.use_fused_kernels", fused, "False (a fused kernel makes no logits)"),
-        (not grouped, "actor.use_prefix_grouper", grouped, "False (it takes log-probs its own way)"),
-        *of_engine("actor", actor),
-        *of_engine("ref", worker.get("ref") or {}),
-    ):
-        if not ok:
-            raise ValueError(
-                f"rollout.custom.masked_actor: actor_rollout_ref.{name} is {found}, needs {needed}"
-            )
-
-
-def of_engine(part: str, section: Any) -> Iterator[tuple[bool, str, Any, str]]:
-    """What an engine of the actor or the reference must be to be changed: (holds, option, found, needed)."""
-    strategy = section.get("strategy", "fsdp")
-    yield strategy in ("fsdp", "fsdp2"), f"{part}.strategy", strategy, "fsdp or fsdp2"
-    name = "ulysses_sequence_parallel_size"
-    for prefix, place in ((part, section), (f"{part}.fsdp_config", section.get("fsdp_config") or {})):
-        found = place.get(name, 1)
-        yield found == 1, f"{prefix}.{name}", found, "1 (no rank has a whole answer)"
+    require_plain_engine(
+        worker,
+        OPTION,
+        [
+            (named, "rollout.custom.tokenizer", named, "a folder of recast build-tokenizer"),
+            (not compared, "rollout.calculate_log_probs", compared, f"False (engine {rollout.get('name')})"),
+        ],
+    )
 
 
 def mask_engine(engine: Any, catalogue: Catalogue) -> None:
@@ -120,19 +102,8 @@ def mask_micro_batch(logits: torch.Tensor, micro_batch: TensorDict, catalogue: C
 
 def mask_workers(worker_class: Any) -> None:
     """Make verl's actor and reference workers mask their engines where the rollout config asks for it."""
-    stock = worker_class.init_model
+    extend_workers(worker_class, OPTION, require_maskable, _mask)
 
-    @functools.wraps(stock)  # with verl's own marks of a method that is called on every rank
-    def init_model(self: Any) -> Any:
-        if not wanted(self.config):
-            return stock(self)
-        require_maskable(self.config)
-        built = stock(self)
-        for role in ("actor", "ref"):
-            if role in self.role:
-                worker = getattr(self, role)
-                tokenizer = worker.model_config.tokenizer
-                mask_engine(worker.engine, require_catalogue(self.config.rollout.custom, tokenizer))
-        return built
 
-    worker_class.init_model = init_model
+def _mask(config: Any, worker: Any) -> None:
+    mask_engine(worker.engine, require_catalogue(config.rollout.custom, worker.model_config.tokenizer))

@@ -1,7 +1,6 @@
 """Shared prompts in verl's own worker: gradients and log-probs of rows read alone, from fewer tokens.
 
-Groups of ragged prompts and answers, whole and as pairs (test_loss_equality.py); masked rows of a catalogue
-(test_masked_actor.py).
+Groups of ragged prompts and answers, whole and as pairs (test_loss_equality.py).
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from test_loss_equality import GROUP, KL_AND_ENTROPY, PROMPTS, Step, case, gradients, make_step
-from test_masked_actor import PADDING, rows  # noqa: F401
 
 WHOLE, PAIRS = "whole", "pairs"
 Key = tuple[Any, ...]
