@@ -113,6 +113,11 @@ def test_bad_column_map(text: str) -> None:
 HEAD = b"user_id,item_id,timestamp\n"
 
 
+def gzipped(data: bytes) -> bytes:
+    """The same bytes at any time: they are part of a test's name, and workers must collect the same names."""
+    return gzip.compress(data, mtime=0)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -127,9 +132,9 @@ HEAD = b"user_id,item_id,timestamp\n"
         ("log.csv", HEAD + b'"u\nv",1,1\n"ab"c,1,1\n', r"line 4: ',' expected after '\"'"),
         ("log.csv", HEAD + b"u,1,1700000000000000001\n", "holds 1700000000000000001, needed numbers below 2"),
         ("log.csv", b"PAR1 and so on", r"holds \.parquet, its name says \.csv"),
-        ("log.jsonl", gzip.compress(b"{}\n"), r"holds \.jsonl\.gz, its name says \.jsonl"),
+        ("log.jsonl", gzipped(b"{}\n"), r"holds \.jsonl\.gz, its name says \.jsonl"),
         ("log.csv", b"user,item_id,timestamp\nu,1,1\n", r"no column 'user_id' \(found: user, item_id,"),
-        ("log.csv.gz", gzip.compress(HEAD + b"u,1,1\n" * 99)[:-9], "is not a whole gzip file"),
+        ("log.csv.gz", gzipped(HEAD + b"u,1,1\n" * 99)[:-9], "is not a whole gzip file"),
         ("log.csv.gz", HEAD, "is not a whole gzip file"),
         ("log.jsonl", b'{"user_id": 1}\n{"user_id": \n', r"line 2: not readable JSON"),
         ("log.jsonl", b'{"user_id": 1}\n[1, 2]\n', r"line 2: found a JSON list, needed an object"),
