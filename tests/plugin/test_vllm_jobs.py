@@ -7,8 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from jobs import GROUP, PROMPTS, RECIPE, STEPS, Job, succeed, train, weights
+from jobs import GROUP, PROMPTS, RECIPE, STEPS, Job, kill_all, start, succeed, train, wait_for, weights
+
+from recast_cli.training.process import read_metrics
 
 pytestmark = [
     pytest.mark.vllm,
@@ -80,3 +83,28 @@ def test_validation_of_the_start_has_the_beams_of_the_sid_engine(recast_job: Job
     assert {name.rsplit("/", 1)[1].split("@")[0] for name in names} == {"pass", "recall", "ndcg"}
     for name in names:
         assert recast_job.metrics[0][name] == pytest.approx(sid_job.metrics[0][name], abs=1e-9)
+
+
+def test_an_engine_that_dies_ends_the_run_with_its_name(recast_job: Job, workspace: Path) -> None:
+    """A request that it was answering, weights that it was taking, a call: whatever is under way then."""
+    out = workspace / "dying"
+    options = ["rollout=vllm", "rl.steps=200", "rl.save_every=200", "rl.validate_every=-1"]
+    child = start(workspace, "train", "recipe.yaml", "out=dying", *options)
+    try:
+        wait_for(lambda: bool(read_metrics(out / "metrics.jsonl")), child)
+        below = psutil.Process(child.pid).children(recursive=True)
+        servers = [each for each in below if " ".join(each.cmdline()).startswith("ray::TrieVLLMServer")]
+        assert len(servers) == 1
+        engines = servers[0].children(recursive=True)
+        assert engines
+        for engine in engines:
+            engine.kill()
+        _, stderr = child.communicate(timeout=180)  # and does not hang
+    finally:
+        kill_all(child)
+    assert child.returncode == 2
+    lines = [line for line in stderr.splitlines() if line.startswith(("error:", "hint:"))]
+    assert len(lines) == 2 and any(name in lines[0] for name in ("EngineDeadError", "TrieVLLMServer")), (
+        stderr[-2000:]
+    )
+    assert lines[1] == "hint: read dying.log"

@@ -7,7 +7,10 @@ It needs `actor_rollout_ref.rollout.name=recast_vllm`, `rollout.logprobs_mode=ra
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import os
+import sys
 import uuid
 from collections.abc import Generator
 from typing import Any
@@ -20,6 +23,7 @@ from verl.workers.rollout.vllm_rollout import ServerAdapter
 from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 from vllm import SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
 
 from verl_recast import VLLM_ROLLOUT_NAME
 from verl_recast.catalogue import require_catalogue
@@ -27,6 +31,21 @@ from verl_recast.rollout.vllm_beams import Request, expand_beams
 from verl_recast.rollout.vllm_groups import GIVEN, add_trie, require_fitting, sample_groups
 
 _POLL_MS = 500
+_LOOK_SECONDS = 1.0
+_LAST_WORDS_SECONDS = 5.0
+
+
+async def end_with(engine: AsyncLLM) -> None:
+    """End this process after its engine, which is a process below it.
+
+    vLLM fails the requests of an engine that died, but a call of one of its methods (to take new weights, to
+    empty a cache) is never answered. Ray answers for a server that ended, whoever asked it whatever.
+    """
+    while not engine.errored:
+        await asyncio.sleep(_LOOK_SECONDS)
+    await asyncio.sleep(_LAST_WORDS_SECONDS)  # failed requests say more than an ended process
+    print("EngineDeadError: vLLM's engine died, and its server ends with it", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 class TrieVLLMServer(vLLMHttpServer):
@@ -42,6 +61,10 @@ class TrieVLLMServer(vLLMHttpServer):
         add_trie(engine_kwargs, self.config.custom)
         if get_platform().device_name == "cpu":
             engine_kwargs["enable_sleep_mode"] = False  # vLLM's CPU build has no memory to give back
+
+    async def run_server(self, args: argparse.Namespace) -> None:
+        await super().run_server(args)
+        self._ending = asyncio.create_task(end_with(self.engine))  # a task that nobody holds may vanish
 
     async def generate_groups(
         self,
