@@ -15,11 +15,18 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
+from verl.utils import tensordict_utils as tu
+
+from recast_cli.core.cost import Work
+from recast_cli.core.shared_prompt import rows_by_prompt
+from verl_recast.shared_prompts import SHARED
 
 _calls: Counter[str] = Counter()  # of each phase, in this process
 
@@ -171,17 +178,25 @@ def wrap(engine_class: type) -> None:
 
 
 def _size(data: Any) -> dict[str, int]:
-    """Rows, real tokens and the sum of squared lengths of a call's jagged `input_ids`.
+    """Rows of a call's jagged `input_ids`, and the work that they ask for (`recast_cli.core.cost.Work`).
 
     Neither padding within a row nor the rows that verl adds to fill a batch (nothing in them is learned)
-    count as tokens; `padding_rows` says how many of the latter there were.
+    count; `padding_rows` says how many of the latter there were. A prompt that is shared counts once, also
+    where its rows do not fit in one micro-batch.
     """
-    lengths = data["input_ids"].offsets().diff()
-    filled = torch.stack([mask.sum() for mask in data["loss_mask"].unbind()]) > 0
-    lengths, num_padding = lengths[filled], int((~filled).sum())
-    return {
-        "rows": len(lengths),
-        "padding_rows": num_padding,
-        "tokens": int(lengths.sum()),
-        "square_tokens": int((lengths**2).sum()),
-    }
+    lengths_B = data["input_ids"].offsets().diff()
+    filled_B = torch.stack([mask.sum() for mask in data["loss_mask"].unbind()]) > 0
+    rows = filled_B.nonzero().flatten().tolist()
+    work = Work.of_rows(lengths_B[rows].tolist())
+    if tu.get_non_tensor_data(data=data, key=SHARED, default=False):
+        tokens = data["input_ids"].cpu().unbind()
+        work = _shared_work([tokens[row] for row in rows], data["responses"].offsets().diff()[rows])
+    return {"rows": len(rows), "padding_rows": len(filled_B) - len(rows), **asdict(work)}
+
+
+def _shared_work(tokens: list[torch.Tensor], responses_B: torch.Tensor) -> Work:
+    lengths_B, ends_B = np.array([len(row) for row in tokens]), responses_B.cpu().numpy()
+    total = Work(0, 0, 0)
+    for rows in rows_by_prompt(torch.cat(tokens).numpy(), lengths_B, ends_B):
+        total += Work.of_group(int(lengths_B[rows[0]] - ends_B[rows[0]]), ends_B[rows].tolist())
+    return total

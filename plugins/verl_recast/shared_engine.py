@@ -22,9 +22,9 @@ from verl.workers.engine.fsdp import transformer_impl
 
 from recast_cli.core.shared_prompt import SharedPrompts, attend, rows_by_prompt, share_prompts
 from verl_recast.platform.micro_batches import by_length, take
+from verl_recast.shared_prompts import SHARED
 
 ATTENTION = "recast_shared_prompt"
-SHARED = "recast_shared_prompts"  # set in the data of an engine that shares
 # What a model's attention may ask for without changing which token sees which, or how scores become weights.
 _HARMLESS = {"position_ids", "use_cache", "output_attentions", "cache_position", "num_items_in_batch"}
 

@@ -8,6 +8,7 @@ from typing import Any
 from verl_recast.actor_options import extend_workers, require_plain_engine
 
 OPTION = "share_prompt"
+SHARED = "recast_shared_prompts"  # set in the data of an engine that shares
 
 
 def require_shareable(worker: Any) -> None:

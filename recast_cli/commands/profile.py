@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from recast_cli.errors import ArtifactError
-
 if TYPE_CHECKING:
     from recast_cli.profiling.profile import Launch
     from recast_cli.recipe import Recipe
     from recast_cli.training.inputs import Inputs
-
-
-MARKER = ".recast-profile"  # in OUT/jobs: what lies there may be replaced
 
 
 def profile(
@@ -34,7 +27,13 @@ def profile(
     repeats: Annotated[int, typer.Option(min=1, help="Fresh processes of each arm.")] = 2,
     prompts: Annotated[int | None, typer.Option(min=1, help="B. Default: the recipe's.")] = None,
     group_size: Annotated[int | None, typer.Option(min=2, help="G. Default: the recipe's.")] = None,
-    json_output: Annotated[bool, typer.Option("--json", help="Print profile.json, no table.")] = False,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=VALUE,VALUE of prompt_length, group_size, batch, hidden_size or layers."),
+    ] = None,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print profile.json (or the sweep's rows), no table.")
+    ] = False,
 ) -> None:
     """Replay one recorded set of rollouts through stock GRPO and through ReCast, and compare the actor's
     cost.
@@ -52,14 +51,19 @@ def profile(
 
         \b
         recast profile recipes/ml-100k/recast.yaml rl.max_tokens_per_micro_batch=2048 --json
+
+        \b
+        recast profile recipes/ml-100k/recast.yaml --sweep prompt_length=64,256,1024 --prompts 4
     """
     import dataclasses
     import json
 
+    from recast_cli.commands.profile_sweep import run_sweep
     from recast_cli.console import note, print_json, progress
     from recast_cli.models import require_start
     from recast_cli.outputs import refuse_inside
     from recast_cli.profiling import profile as stage
+    from recast_cli.profiling.folder import new_folder
     from recast_cli.profiling.peak import matmul_peak
     from recast_cli.profiling.plot import plot
     from recast_cli.provenance import versions
@@ -77,9 +81,12 @@ def profile(
     placement.require_cores(settings)
     placement.require_gpu(settings)
     device, threads = placement.resolve_device(settings), placement.num_threads(settings)
+    if sweep:
+        run_sweep(settings, inputs, start, sweep, out, steps, json_output=json_output)
+        return
     rows = draw_rows(inputs.tokenizer / "verl" / "rl.parquet", settings.rl.prompts_per_step, settings.seed)
     peak_flops = matmul_peak(device, threads) * settings.num_gpus
-    with _new_folder(out / "jobs") as scratch:
+    with new_folder(out / "jobs") as scratch:
         recording = _record(settings, inputs, start, rows, scratch)
     jobs = out / "jobs"
     recording = dataclasses.replace(recording, path=jobs / recording.path.name)
@@ -109,29 +116,6 @@ def profile(
     else:
         print_profile(result)
     note(f"wrote {out / 'profile.json'} and {out / 'profile.png'}")
-
-
-@contextlib.contextmanager
-def _new_folder(jobs: Path) -> Iterator[Path]:
-    """A folder that takes the place of an earlier profile's if all goes well, and leaves nothing if not.
-
-    Raises:
-        ArtifactError: what is there is no folder of a profile.
-    """
-    from recast_cli.outputs import atomic_dir
-
-    if jobs.exists() and not (jobs / MARKER).exists():
-        raise ArtifactError(f"{jobs} is no folder of a profile", "choose another --out")
-    was_there = jobs.parent.exists()
-    try:
-        with atomic_dir(jobs, replace=True) as scratch:
-            (scratch / MARKER).touch()
-            yield scratch
-    except BaseException:
-        if not was_there:
-            with contextlib.suppress(OSError):  # the parent itself could not be made
-                jobs.parent.rmdir()
-        raise
 
 
 def _settings(recipe: Recipe, prompts: int | None, group_size: int | None, steps: int) -> Recipe:

@@ -9,7 +9,7 @@ tokens need, not what a kernel does, so padded or masked-out work shows up as a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,29 +57,73 @@ class ModelShape:
         )
 
     @property
-    def matmul_parameters(self) -> int:
-        """Weights that every token is multiplied with: projections, MLP and output head (also if tied)."""
+    def layer_parameters(self) -> int:
+        """Weights that every token is multiplied with: projections and MLP of every layer."""
         attention = self.width * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
-        mlp = 3 * self.width * self.mlp_width
-        return self.num_layers * (attention + mlp) + self.width * self.vocab_size
+        return self.num_layers * (attention + 3 * self.width * self.mlp_width)
+
+    @property
+    def head_parameters(self) -> int:
+        """Weights of the output head (also if tied), with which the tokens are multiplied that are read."""
+        return self.width * self.vocab_size
+
+    @property
+    def matmul_parameters(self) -> int:
+        """Both together."""
+        return self.layer_parameters + self.head_parameters
 
 
-def forward_flops(shape: ModelShape, tokens: int, square_tokens: int, *, causal: bool = True) -> float:
-    """Operations of one forward pass over whole sequences.
+@dataclass(frozen=True)
+class Work:
+    """What a batch asks of a model.
+
+    Attributes:
+        tokens: Tokens that pass the layers.
+        read_tokens: Tokens whose logits are taken.
+        square_tokens: Twice the pairs of tokens of which one sees the other: for a whole sequence of n tokens
+            n^2 (a token's half of seeing itself counts as much as the other).
+    """
+
+    tokens: int
+    read_tokens: int
+    square_tokens: int
+
+    @classmethod
+    def of_rows(cls, lengths: Sequence[int]) -> Work:
+        """Rows read one by one, logits of every token."""
+        return cls(sum(lengths), sum(lengths), sum(n * n for n in lengths))
+
+    @classmethod
+    def of_group(cls, prompt: int, responses: Sequence[int]) -> Work:
+        """Responses behind one copy of their prompt, logits where a response is predicted
+        (`core/shared_prompt.py`; it takes one token more of each row, as verl does)."""
+        answers = sum(responses)
+        squares = prompt * prompt + 2 * prompt * answers + sum(n * n for n in responses)
+        return cls(prompt + answers, answers + len(responses), squares)
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.tokens + other.tokens,
+            self.read_tokens + other.read_tokens,
+            self.square_tokens + other.square_tokens,
+        )
+
+
+def forward_flops(shape: ModelShape, work: Work, *, causal: bool = True) -> float:
+    """Operations of one forward pass.
 
     Args:
         shape: The model.
-        tokens: Sum of the lengths.
-        square_tokens: Sum of the squared lengths.
+        work: The batch.
         causal: Count the half of the score matrix that a causal model needs. Kernels that are given an
             explicit mask (verl on the CPU) compute all of it: False counts that.
     """
-    linear = 2.0 * shape.matmul_parameters * tokens
+    linear = 2.0 * (shape.layer_parameters * work.tokens + shape.head_parameters * work.read_tokens)
     # Scores and their product with the values: 2 products x 2 operations per pair of tokens.
-    attention = 4.0 * shape.num_layers * shape.num_heads * shape.head_dim * square_tokens
+    attention = 4.0 * shape.num_layers * shape.num_heads * shape.head_dim * work.square_tokens
     return linear + (attention / 2 if causal else attention)
 
 
-def train_flops(shape: ModelShape, tokens: int, square_tokens: int, *, causal: bool = True) -> float:
+def train_flops(shape: ModelShape, work: Work, *, causal: bool = True) -> float:
     """Operations of a forward and a backward pass, without activation recomputation."""
-    return TRAIN * forward_flops(shape, tokens, square_tokens, causal=causal)
+    return TRAIN * forward_flops(shape, work, causal=causal)

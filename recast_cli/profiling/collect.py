@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from recast_cli.artifacts import read_json_lines
-from recast_cli.core.cost import ModelShape, forward_flops, train_flops
+from recast_cli.core.cost import ModelShape, Work, forward_flops, train_flops
 
 # Phase -> verl's timer of it.
 TIMERS = {
@@ -21,6 +21,7 @@ TIMERS = {
     "actor_update": "timing_s/update_actor",
 }
 HOOK = "timing_s/recast_hook"
+WORK = tuple(field.name for field in fields(Work))
 WARM_UP = 1  # steps
 MEMORY = 1  # steps at the end that track memory
 
@@ -34,7 +35,7 @@ class Run:
             transfer and the worker's work.
         worker_seconds: Phase -> seconds inside the worker's engine alone (the slowest rank).
         worker_cpu_seconds: The same in processor time, summed over threads and ranks.
-        rows, tokens, square_tokens: Phase -> what one step processes, all ranks together.
+        rows, work: Phase -> what one step processes, all ranks together.
         peak_bytes, resident_bytes: Phase -> of the step that tracks memory (the largest rank).
         rollouts: Digests of the replayed rollouts, one per distinct set (so: one).
         signal: The hook's `signal/*` metrics of the last step; empty for stock.
@@ -45,8 +46,7 @@ class Run:
     worker_seconds: dict[str, list[float]]
     worker_cpu_seconds: dict[str, list[float]]
     rows: dict[str, int]
-    tokens: dict[str, int]
-    square_tokens: dict[str, int]
+    work: dict[str, Work]
     peak_bytes: dict[str, int]
     resident_bytes: dict[str, int]
     rollouts: frozenset[str]
@@ -69,14 +69,8 @@ def read_run(arm: str, metrics: Sequence[dict[str, Any]], measured: Path, replay
     if HOOK in timed[0]:
         seconds["hook"] = [record[HOOK] for record in timed]
     seconds["actor_total"] = np.sum(list(seconds.values()), axis=0).tolist()
-    calls = _by_call(read_json_lines(measured))
+    calls = worker_calls(read_json_lines(measured))
     worker = {phase: calls[phase] for phase in phases}
-    for update, optimizer in zip(worker["actor_update"], calls["optimizer"], strict=True):
-        for key in ("wall_s", "cpu_s"):
-            update[key] += optimizer[key]
-        # Above what was there before: gradients are made in the update, and stay while the optimiser works.
-        made = optimizer["resident_bytes"] - update["resident_bytes"]
-        update["peak_bytes"] = max(update["peak_bytes"], made + optimizer["peak_bytes"])
     for phase, found in worker.items():
         assert len(found) == len(metrics), f"{len(found)} {phase} calls in {len(metrics)} steps of {arm}"
 
@@ -92,8 +86,7 @@ def read_run(arm: str, metrics: Sequence[dict[str, Any]], measured: Path, replay
         worker_seconds=timed_calls("wall_s"),
         worker_cpu_seconds=timed_calls("cpu_s"),
         rows=last_call("rows"),
-        tokens=last_call("tokens"),
-        square_tokens=last_call("square_tokens"),
+        work={phase: Work(**{name: found[-1][name] for name in WORK}) for phase, found in worker.items()},
         peak_bytes=last_call("peak_bytes"),
         resident_bytes=last_call("resident_bytes"),
         rollouts=frozenset(line["sha256"] for line in read_json_lines(replayed)),
@@ -101,12 +94,24 @@ def read_run(arm: str, metrics: Sequence[dict[str, Any]], measured: Path, replay
     )
 
 
+def worker_calls(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Phase -> its calls in order, the ranks of a call brought together, the optimiser part of the update."""
+    calls = _by_call(records)
+    for update, optimizer in zip(calls["actor_update"], calls.pop("optimizer"), strict=True):
+        for key in ("wall_s", "cpu_s"):
+            update[key] += optimizer[key]
+        # Above what was there before: gradients are made in the update, and stay while the optimiser works.
+        made = optimizer["resident_bytes"] - update["resident_bytes"]
+        update["peak_bytes"] = max(update["peak_bytes"], made + optimizer["peak_bytes"])
+    return calls
+
+
 def _by_call(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Phase -> its calls in order, the ranks of a call brought together."""
     groups: dict[str, dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         groups[record["phase"]][record["call"]].append(record)
-    sums = ("cpu_s", "rows", "tokens", "square_tokens")
+    sums = ("cpu_s", "rows", *WORK)
     return {
         phase: [
             {"wall_s": max(rank["wall_s"] for rank in ranks)}
@@ -141,10 +146,8 @@ def arm_cost(runs: Sequence[Run], shape: ModelShape, peak_flops: float) -> dict[
     """
     first = runs[0]
     flops = {
-        phase: (train_flops if phase == "actor_update" else forward_flops)(
-            shape, first.tokens[phase], first.square_tokens[phase]
-        )
-        for phase in first.tokens
+        phase: (train_flops if phase == "actor_update" else forward_flops)(shape, work)
+        for phase, work in first.work.items()
     }
 
     def pooled(name: str) -> dict[str, dict[str, float]]:
@@ -157,7 +160,7 @@ def arm_cost(runs: Sequence[Run], shape: ModelShape, peak_flops: float) -> dict[
         "worker_seconds": worker,
         "worker_cpu_seconds": pooled("worker_cpu_seconds"),
         "rows": first.rows,
-        "tokens": first.tokens,
+        "tokens": {phase: work.tokens for phase, work in first.work.items()},
         "flops": flops,
         "mfu": {phase: flops[phase] / worker[phase]["median"] / peak_flops for phase in flops},
         "peak_bytes": {phase: max(run.peak_bytes[phase] for run in runs) for phase in first.peak_bytes},

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from recast_cli.core.cost import ModelShape, forward_flops, train_flops
+from recast_cli.core.cost import ModelShape, Work, forward_flops, train_flops
 
 TINY = {
     "num_hidden_layers": 2,
@@ -29,13 +29,27 @@ def test_matmul_parameters_by_hand() -> None:
 def test_flops_by_hand() -> None:
     shape = ModelShape.from_config(TINY)
     lengths = [3, 2]
-    tokens, square_tokens = 3 + 2, 9 + 4
+    work = Work.of_rows(lengths)
+    assert work == Work(tokens=3 + 2, read_tokens=3 + 2, square_tokens=9 + 4)
     linear = 2 * 376 * 5
     # per layer and head: scores (3x3 and 2x2 of dot products over 3), then the weighted sum of values
     attention = 2 * 2 * sum(2 * n * n * 3 + 2 * n * n * 3 for n in lengths)
-    assert forward_flops(shape, tokens, square_tokens, causal=False) == linear + attention == 4384
-    assert forward_flops(shape, tokens, square_tokens) == linear + attention / 2
-    assert train_flops(shape, tokens, square_tokens) == 3 * (linear + attention / 2)
+    assert forward_flops(shape, work, causal=False) == linear + attention == 4384
+    assert forward_flops(shape, work) == linear + attention / 2
+    assert train_flops(shape, work) == 3 * (linear + attention / 2)
+
+
+def test_a_shared_prompt_is_counted_once() -> None:
+    """A prompt of 5, responses of 2 and 1: every token but the prompt's first four is read, the last of the
+    prompt for each response."""
+    work = Work.of_group(5, [2, 1])
+    assert work == Work(tokens=5 + 3, read_tokens=1 + 2 + 1 + 1, square_tokens=25 + 2 * 5 * 3 + 4 + 1)
+    # Rows read alone have the pairs inside the prompt twice.
+    alone = Work.of_rows([7, 6])
+    assert alone.square_tokens - work.square_tokens == 5 * 5
+    shape = ModelShape.from_config(TINY)
+    layers, head = 2 * 336 * 8, 2 * 40 * 5
+    assert forward_flops(shape, work, causal=False) == layers + head + 2 * 2 * 4 * 3 * 60
 
 
 def test_defaults_of_older_configs() -> None:
@@ -64,13 +78,13 @@ def test_torchs_counter_agrees_on_a_real_qwen3(rows: int, length: int) -> None:
     model = Qwen3ForCausalLM(Qwen3Config(**sizes, attn_implementation="eager", tie_word_embeddings=True))
     shape = ModelShape.from_config(model.config.to_dict())
     ids = torch.randint(50, (rows, length))
-    tokens, square_tokens = rows * length, rows * length**2
+    work = Work.of_rows([length] * rows)
     # No tolerance. The one product left out is that of positions and rotary frequencies.
     rotary = 2 * length * 16 // 2
     with FlopCounterMode(display=False) as counter:
         loss = model(input_ids=ids, use_cache=False).logits.sum()
     forward = counter.get_total_flops()
-    assert forward == forward_flops(shape, tokens, square_tokens, causal=False) + rotary
+    assert forward == forward_flops(shape, work, causal=False) + rotary
     with FlopCounterMode(display=False) as counter:
         loss.backward()
     assert counter.get_total_flops() == 2 * (forward - rotary)

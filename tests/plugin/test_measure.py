@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from verl.utils import tensordict_utils as tu
 
 from verl_recast import measure
 from verl_recast.measure import AllocationTracker, phase, phase_name, wrap
+from verl_recast.shared_prompts import SHARED
 
 KB = 1000 * 4  # 1000 float32
 
@@ -99,7 +101,8 @@ def test_a_call_is_described(log: Path, monkeypatch: pytest.MonkeyPatch) -> None
     # The third row only fills up the batch: nothing in it is learned.
     ids = torch.nested.as_nested_tensor([torch.arange(n) for n in (3, 5, 128)], layout=torch.jagged)
     masks = [torch.ones(2), torch.ones(1), torch.zeros(2)]
-    data = {"input_ids": ids, "loss_mask": torch.nested.as_nested_tensor(masks, layout=torch.jagged)}
+    masks_nested = torch.nested.as_nested_tensor(masks, layout=torch.jagged)
+    data = tu.get_tensordict({"input_ids": ids, "loss_mask": masks_nested}, {})
     for _ in range(2):
         with phase("actor_update", engine(), data):
             kept = torch.ones(1000)
@@ -118,6 +121,28 @@ def test_a_call_is_described(log: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert second["resident_bytes"] == weights + moments + counters
     assert optimizer["resident_bytes"] == weights + moments + counters + 8 * 4, "and gradients"
     assert first["wall_s"] > 0
+
+
+def test_a_shared_prompt_is_read_once(log: Path) -> None:
+    """Rows 1 and 3 have the prompt 7 8, row 2 another; the last only fills up the batch."""
+    rows = [[7, 8, 1], [8, 7, 5, 2], [7, 8, 3, 4], [0] * 9]
+    answers = [[1], [2], [3, 4], [0]]
+    columns = {
+        "input_ids": rows,
+        "responses": answers,
+        "loss_mask": [[int(any(answer))] * len(answer) for answer in answers],
+    }
+    nested = {
+        name: torch.nested.as_nested_tensor(list(map(torch.tensor, column)), layout=torch.jagged)
+        for name, column in columns.items()
+    }
+    with phase("actor_update", engine(), tu.get_tensordict(nested, {SHARED: True})):
+        pass
+    found = json.loads(log.read_text())
+    assert (found["rows"], found["padding_rows"]) == (3, 1)
+    assert found["tokens"] == (2 + 1 + 2) + (3 + 1)
+    assert found["read_tokens"] == (1 + 1) + (1 + 2) + (1 + 1)
+    assert found["square_tokens"] == (2 * 2 + 2 * 2 * 3 + 1 + 4) + (3 * 3 + 2 * 3 * 1 + 1)
 
 
 def test_every_engine_below_a_wrapped_class_is_measured(log: Path) -> None:

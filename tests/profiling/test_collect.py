@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from recast_cli.core.cost import ModelShape
+from recast_cli.core.cost import ModelShape, Work
 from recast_cli.profiling.collect import (
     Run,
     arm_cost,
@@ -29,7 +29,7 @@ def step(old: float, ref: float, update: float, **more: float) -> dict[str, Any]
 
 
 def call(phase: str, number: int, wall: float, *, rank: int = 0, **more: Any) -> dict[str, Any]:
-    sizes = {} if phase == "optimizer" else {"rows": 2, "tokens": 5, "square_tokens": 13}
+    sizes = {} if phase == "optimizer" else {"rows": 2, "tokens": 5, "read_tokens": 5, "square_tokens": 13}
     base = {"phase": phase, "call": number, "rank": rank, "wall_s": wall, "cpu_s": 2 * wall}
     return {**base, "resident_bytes": 100, **sizes, **more}
 
@@ -77,7 +77,8 @@ def test_a_run_is_read(tmp_path: Path) -> None:
     assert run.worker_seconds["old_log_prob"] == [0.5, 1.0]
     # both ranks' processor time: 2 * (1.0 + 2.0) and the optimisers' 2 * (0.125 + 0.125)
     assert run.worker_cpu_seconds["actor_update"][0] == 2 * (1.0 + 2.0) + 2 * (0.125 + 0.125)
-    assert run.tokens == {"old_log_prob": 5, "ref_log_prob": 5, "actor_update": 10}
+    assert run.work["old_log_prob"] == run.work["ref_log_prob"] == Work(5, 5, 13)
+    assert run.work["actor_update"] == Work(10, 10, 26)
     assert run.rows["actor_update"] == 4
     assert run.peak_bytes == {"old_log_prob": 30, "ref_log_prob": 20, "actor_update": 40 + 50}, (
         "the optimiser's 50 on top of 40 of gradients are more than the 71 of the passes"
@@ -113,8 +114,7 @@ def plain_run(arm: str, scale: float, tokens: int, peak: int, **hook: list[float
         worker_seconds={phase: [value / 2 for value in values] for phase, values in seconds.items()},
         worker_cpu_seconds=seconds,
         rows=dict.fromkeys(phases, 2),
-        tokens=dict.fromkeys(phases, tokens),
-        square_tokens=dict.fromkeys(phases, 0),
+        work=dict.fromkeys(phases, Work(tokens, tokens, 0)),
         peak_bytes={"old_log_prob": 10, "ref_log_prob": 10, "actor_update": peak},
         resident_bytes={"old_log_prob": 50, "ref_log_prob": 20, "actor_update": 50},
         rollouts=frozenset({"x"}),

@@ -4,56 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from profiles import recast
 
 from recast_cli.errors import EnvironmentFault
 from recast_cli.profiling.profile import Job, replay
 from recast_cli.profiling.record import Recording
-
-RECIPE = """
-data: data
-tokenizer: tokenizer
-out: run
-seed: 3
-device: cpu
-threads: 1
-ray_cpus: 8
-rl: {kl_coef: 0.001, learning_rate: 1.0e-4}
-"""
-
-
-def recast(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    program = "import sys; from recast_cli.main import main; sys.argv[0] = 'recast'; main()"
-    return subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("profile")
-    sizes = ["--num-users", "60", "--num-items", "40", "--num-clusters", "4", "--sparsity", "0.7"]
-    small = ["--embeddings", "cooccurrence", "--codebook-size", "8", "--hidden-size", "64", "--layers", "2"]
-    for command in (
-        ["prepare-data", "synthetic", "--out", "data", "--history", "5", *sizes],
-        ["build-tokenizer", "--data", "data", "--out", "tokenizer", *small],
-    ):
-        done = recast(folder, *command)
-        assert done.returncode == 0, done.stderr
-    (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
-    return folder
 
 
 def test_a_place_inside_an_input_is_refused(workspace: Path) -> None:
@@ -120,7 +81,14 @@ def launcher(digests: dict[str, str]) -> Callable[[Job], list[dict[str, Any]]]:
     def launch(job: Job) -> list[dict[str, Any]]:
         calls = [
             {"phase": phase, "call": number, "rank": 0, "wall_s": 1.0, "cpu_s": 1.0}
-            | {"resident_bytes": 1, "peak_bytes": 1, "rows": 1, "tokens": 1, "square_tokens": 1}
+            | {
+                "resident_bytes": 1,
+                "peak_bytes": 1,
+                "rows": 1,
+                "tokens": 1,
+                "read_tokens": 1,
+                "square_tokens": 1,
+            }
             for phase in ("old_log_prob", "actor_update", "optimizer")
             for number in (1, 2, 3)
         ]

@@ -1,0 +1,198 @@
+"""`recast profile --sweep`: the actor's cost over settings, four arms at each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recast_cli.errors import RecipeError
+
+if TYPE_CHECKING:
+    from recast_cli.profiling.sweep import Arm, Launch, Point
+    from recast_cli.recipe import Recipe
+    from recast_cli.training.inputs import Inputs
+
+ACTOR_ALONE = "verl_recast.actor_alone"
+
+
+def run_sweep(
+    settings: Recipe,
+    inputs: Inputs,
+    model: Path,
+    texts: Sequence[str],
+    out: Path,
+    steps: int,
+    *,
+    json_output: bool,
+) -> None:
+    """Measure every point of a sweep, print the rows, and write sweep.json, sweep.png and sweep.html.
+
+    Args:
+        model: For the points that name no size.
+        texts: `NAME=VALUE,VALUE`, see `parse_points`.
+        steps: Timed steps of an arm.
+
+    Raises:
+        RecipeError: a sweep that cannot be read, or is longer than what the model reads.
+    """
+    from recast_cli.console import note, print_json, print_table
+    from recast_cli.outputs import atomic_text
+    from recast_cli.profiling import sweep_report as report
+    from recast_cli.profiling.folder import new_folder
+    from recast_cli.profiling.profile import machine
+    from recast_cli.profiling.sweep import Point, parse_points
+    from recast_cli.provenance import versions
+    from recast_cli.training import placement
+
+    default = Point(inputs.prompt_length, settings.rl.group_size, settings.rl.prompts_per_step)
+    points = parse_points(texts, default)
+    _require_positions(points, model, inputs.num_levels)
+    device, threads = placement.resolve_device(settings), placement.num_threads(settings)
+    compared = "cpu_s" if device == "cpu" else "s"
+    with new_folder(out / "jobs"):
+        pass  # what the processes are told holds the folder's name: they start when it is in its place
+    rows = report.with_ratios(
+        _measure(settings, inputs, model, points, (out / "jobs").resolve(), steps), compared
+    )
+    result = {
+        "rows": rows,
+        "setting": {
+            "device": device,
+            "threads": threads,
+            "compared": "processor time" if device == "cpu" else "time",
+            "timed_steps": steps,
+            "seed": settings.seed,
+            "max_tokens_per_micro_batch": settings.rl.max_tokens_per_micro_batch,
+            **machine(),
+            "versions": versions(),
+        },
+    }
+    atomic_text(out / "sweep.json", json.dumps(result, indent=2) + "\n")
+    report.plot(rows, out / "sweep.png")
+    atomic_text(out / "sweep.html", report.page(result, out / "sweep.png"))
+    if json_output:
+        print_json(rows)
+    else:
+        print_table("Cost of a step, one worker alone", *report.table(rows))
+    note(f"wrote {out / 'sweep.json'}, {out / 'sweep.png'} and {out / 'sweep.html'}")
+
+
+def _require_positions(points: Sequence[Point], model: Path, num_levels: int) -> None:
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    most = config.get("max_position_embeddings")
+    longest = max(point.prompt_length for point in points) + num_levels
+    if most is not None and longest > most:
+        raise RecipeError(
+            f"--sweep prompt_length asks for {longest} tokens with the answer, the model reads {most}",
+            f"--sweep prompt_length={most - num_levels} at most",
+        )
+
+
+def _measure(
+    settings: Recipe, inputs: Inputs, model: Path, points: Sequence[Point], folder: Path, steps: int
+) -> list[dict[str, Any]]:
+    """A row for each arm of each point."""
+    from recast_cli.console import progress
+    from recast_cli.core.cost import ModelShape
+    from recast_cli.profiling import sweep
+    from recast_cli.profiling.peak import matmul_peak
+    from recast_cli.training import placement
+    from recast_cli.vocabulary import Vocabulary
+
+    known = Vocabulary.load(inputs.tokenizer / "vocabulary.json")
+    codes = sweep.Codes(known.level_offsets, known.codebook_sizes)
+    peak_flops = matmul_peak(placement.resolve_device(settings), placement.num_threads(settings))
+    total = len(points) * len(sweep.ARMS) * (sweep.WARM_UP + steps + sweep.MEMORY)
+    rows = []
+    with progress("sweep", total) as advance:
+        for number, point in enumerate(points):
+            chosen = _model(point, model, known.codebook_sizes, folder / "models", settings.seed)
+            config = json.loads((chosen / "config.json").read_text(encoding="utf-8"))
+            rows += sweep.run_point(
+                point,
+                codes,
+                ModelShape.from_config(config),
+                _launcher(settings, chosen, codes.num_levels, lambda _: advance(1)),
+                folder / f"point-{number + 1}",
+                steps=steps,
+                seed=settings.seed,
+                peak_flops=peak_flops * settings.num_gpus,
+            )
+    return rows
+
+
+def _model(point: Point, model: Path, codebook_sizes: Sequence[int], folder: Path, seed: int) -> Path:
+    """The model as it is, or one from scratch with the point's sizes and the same codes."""
+    from recast_cli.data.prompts import CHAT_TEMPLATE
+    from recast_cli.tokenizer.model import write_scratch_model
+
+    if point.hidden_size is None and point.layers is None:
+        return model
+    sizes = {"hidden_size": point.hidden_size, "num_layers": point.layers}
+    given = {name: size for name, size in sizes.items() if size is not None}
+    made = folder / "-".join(f"{name}-{size}" for name, size in given.items())
+    if not made.exists():
+        made.mkdir(parents=True)
+        write_scratch_model(made, codebook_sizes, chat_template=CHAT_TEMPLATE, seed=seed, **given)
+    return made
+
+
+def _launcher(settings: Recipe, model: Path, num_levels: int, on_step: Callable[[Any], None]) -> Launch:
+    """How to run one arm of a point: verl's worker alone, with the arguments of `recast train`."""
+    from recast_cli.profiling.sweep import ROWS_PER_CALL
+    from recast_cli.training import placement, verl_args
+    from recast_cli.training.process import run_verl
+
+    def launch(
+        point: Point, arm: Arm, folder: Path, spec: Mapping[str, Any]
+    ) -> tuple[list[dict[str, Any]], Path]:
+        folder.mkdir()
+        folder = folder.resolve()
+        recipe = _recipe(settings, point, arm, ROWS_PER_CALL * (point.prompt_length + num_levels))
+        arguments = verl_args.rl_arguments(
+            recipe,
+            model=model.resolve(),
+            train_file=folder / "none.parquet",
+            val_file=folder / "none.parquet",
+            out=folder / "checkpoints",
+            prompt_length=point.prompt_length,
+            num_levels=num_levels,
+            rollout_log=None,
+        )
+        (folder / "spec.json").write_text(json.dumps({**spec, "arguments": arguments}, indent=2))
+        metrics, measured = folder / "seconds.jsonl", folder / "measured.jsonl"
+        environment = {
+            **placement.environment(recipe, metrics),
+            "RECAST_MEASURE": str(measured),
+            "RECAST_MEASURE_MEMORY_FROM": str(spec["steps"]),
+        }
+        ranks = f"--nproc_per_node={settings.num_gpus}"
+        records = run_verl(
+            ["torch.distributed.run", "--standalone", ranks, "-m", ACTOR_ALONE],
+            [str(folder / "spec.json")],
+            environment=environment,
+            cwd=folder,
+            log=folder / "verl.log",
+            metrics=metrics,
+            on_step=on_step,
+        )
+        return records, measured
+
+    return launch
+
+
+def _recipe(settings: Recipe, point: Point, arm: Arm, row_tokens: int) -> Recipe:
+    """The recipe at a point: the arm's method, and micro-batches of its own kind."""
+    from recast_cli.training.placement import packs_rows, resolve_device
+
+    rl: dict[str, Any] = {
+        "prompts_per_step": point.batch,
+        "group_size": point.group_size,
+        "share_prompt": arm.shares,
+    }
+    if not arm.shares and not packs_rows(resolve_device(settings)):
+        rl["max_tokens_per_micro_batch"] = row_tokens
+    method = settings.method.model_copy(update={"name": arm.method})
+    return settings.model_copy(update={"method": method, "rl": settings.rl.model_copy(update=rl)})
