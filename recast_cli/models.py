@@ -27,7 +27,7 @@ def require_vocabulary(model_dir: Path, vocab_size: int) -> None:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         rows = int(config.get("vocab_size") or config["text_config"]["vocab_size"])
-    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as exc:
         raise ArtifactError(f"{path} names no vocab_size: {exc}", "name a Hugging Face folder") from exc
     _require_rows(model_dir, rows, vocab_size)
 
@@ -75,6 +75,7 @@ def require_start(model_dir: Path, tokenizer_dir: Path) -> None:
             f"model {model_dir} has no weights (*.safetensors or pytorch_model*.bin)",
             "name a Hugging Face folder",
         )
+    _require_all_weights(model_dir)
     require_tokenizer(model_dir, tokenizer_dir)
     ours = tokenizer_dir / "model"
     needed = AutoTokenizer.from_pretrained(ours, local_files_only=True)
@@ -93,6 +94,15 @@ def require_start(model_dir: Path, tokenizer_dir: Path) -> None:
             )
 
 
+def _require_all_weights(model_dir: Path) -> None:
+    """Look through the names of the stored weights, without reading one: verl would draw what lacks.
+
+    Raises:
+        ArtifactError: weights that lack, or files that cannot be read.
+    """
+    _load(model_dir, hint="name a whole Hugging Face folder", device_map="meta")
+
+
 def load_model(model_dir: Path, vocab_size: int, device: str) -> Any:
     """Load a causal LM for reading.
 
@@ -100,13 +110,13 @@ def load_model(model_dir: Path, vocab_size: int, device: str) -> Any:
         ArtifactError: no model there, fewer embedding rows than the tokenizer has tokens, or weights
             that are not finite.
     """
+    require_vocabulary(model_dir, vocab_size)
     # float32 on the CPU, where half precision is slow; the stored type elsewhere.
     model = load_causal_lm(
         model_dir,
         torch.float32 if device == "cpu" else "auto",
         hint="name a Hugging Face folder with config.json and safetensors",
     )
-    _require_rows(model_dir, model.get_input_embeddings().weight.shape[0], vocab_size)
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
             raise ArtifactError(
@@ -126,6 +136,18 @@ def load_causal_lm(folder: Path, dtype: torch.dtype | str, *, hint: str) -> Any:
     Raises:
         ArtifactError: no model there, one that does not load, that lacks weights or a key-value cache.
     """
+    model = _load(folder, hint=hint, dtype=dtype)
+    with torch.no_grad():
+        output = model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=True)
+    if getattr(output, "past_key_values", None) is None:  # an encoder, or a state-space model
+        raise ArtifactError(
+            f"{folder} is a {type(model).__name__}, needed a decoder with a key-value cache", hint
+        )
+    return model
+
+
+def _load(folder: Path, *, hint: str, **options: Any) -> Any:
+    """`from_pretrained` that says what is wrong in one line, and leaves no weight to chance."""
     from transformers import AutoModelForCausalLM
 
     if not (folder / "config.json").is_file():
@@ -133,7 +155,7 @@ def load_causal_lm(folder: Path, dtype: torch.dtype | str, *, hint: str) -> Any:
     try:
         with quiet_loading():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, output_loading_info=True
+                folder, local_files_only=True, output_loading_info=True, **options
             )
     except MemoryError:
         raise
@@ -142,12 +164,6 @@ def load_causal_lm(folder: Path, dtype: torch.dtype | str, *, hint: str) -> Any:
     model, info = loaded
     if missing := sorted(info["missing_keys"]):  # transformers draws them at random
         raise ArtifactError(f"{folder} lacks weights: {', '.join(missing[:3])}", hint)
-    with torch.no_grad():
-        output = model(input_ids=torch.zeros(1, 1, dtype=torch.int64), use_cache=True)
-    if getattr(output, "past_key_values", None) is None:  # an encoder, or a state-space model
-        raise ArtifactError(
-            f"{folder} is a {type(model).__name__}, needed a decoder with a key-value cache", hint
-        )
     return model
 
 

@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from recast_cli.errors import RecipeError
 from recast_cli.layered_yaml import read_layers
@@ -204,11 +212,32 @@ class Recipe(Section):
         default_factory=dict, description="the same for verl.trainer.sft_trainer (warm start, sft-continued)"
     )
 
+    @field_validator("verl", "verl_sft")
+    @classmethod
+    def _dotted(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Sections written as YAML nests them, key by key, as verl's command line has them."""
+        dotted: dict[str, Any] = {}
+        for key, value in values.items():
+            nests = isinstance(value, dict) and value and key.isidentifier()  # `+a.b: {...}` adds a mapping
+            dotted |= dict(flat({key: value})) if nests else {key: value}
+        return dotted
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Recipe:
+        rl = self.rl
+        for name, size, most in (
+            ("rl.prompts_per_step times rl.group_size", rl.prompts_per_step * rl.group_size, 10**7),
+            ("rl.steps times rl.prompts_per_step", rl.steps * rl.prompts_per_step, 10**8),
+        ):
+            if size > most:
+                raise ValueError(f"{name} is {size}, needed at most {most}")
+        return self
+
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
         if self.method.name == "sft" and self.model:
             raise ValueError(f"method sft is the warm start alone, and model names a start: {self.model}")
-        for key, value in (*_flat(self.verl, "verl."), *_flat(self.verl_sft, "verl_sft.")):
+        for key, value in (*flat(self.verl, "verl."), *flat(self.verl_sft, "verl_sft.")):
             for name, instead in OWN_OPTIONS.items():
                 if key.endswith(name):
                     raise ValueError(f"{key} is {value}: set {instead} instead, which is checked")
@@ -250,19 +279,31 @@ class Recipe(Section):
 
     def ray_cpus_needed(self) -> int:
         """Logical CPUs that verl's processes reserve, with the recipe's own overrides of their numbers."""
-        counts = {key.lstrip("+"): int(value) for key, value in _flat(self.verl) if str(value).isdigit()}
+        counts = {key.lstrip("+"): int(value) for key, value in flat(self.verl) if str(value).isdigit()}
         more = sum(max(count - 1, 0) for key, count in counts.items() if key.endswith(RAY_CPU_EACH))
         workers = self.num_gpus * counts.get("trainer.nnodes", 1)
         return RAY_CPUS_SHARED + RAY_CPUS_PER_GPU * workers + more
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+SECTIONS: dict[str, type[BaseModel]] = {"warm_start": WarmStart, "rl": RL, "method": Method}
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted key and value of every leaf of a nested mapping."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def differences(found: dict[str, Any], wanted: dict[str, Any], most: int = 3) -> str:
+    """Which keys of two nested mappings differ, and how, in one line."""
+    there, here = dict(flat(found)), dict(flat(wanted))
+    names = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
+    shown = [f"{name} is {there.get(name)} there, {here.get(name)} here" for name in names[:most]]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(shown) or "a key that this version does not know") + more
 
 
 def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
@@ -274,12 +315,15 @@ def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
     content = read_layers(Path(path), overrides)
     try:
         return Recipe.model_validate(content)
+    except RecursionError:
+        raise RecipeError(f"{path} holds a mapping that holds itself", "write it without an alias") from None
     except ValidationError as exc:
-        problems = []
+        problems, section = [], ""
         for error in exc.errors():
             field = ".".join(str(part) for part in error["loc"]) or "recipe"
             if error["type"] == "extra_forbidden":
                 problems.append(f"{field}: unknown key")
+                section = section or str(error["loc"][0] if len(error["loc"]) > 1 else "")
             elif error["type"] == "missing":
                 problems.append(f"{field}: missing")
             elif error["type"] == "value_error":  # a check of ours, of a section as a whole
@@ -288,9 +332,9 @@ def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
                 problems.append(
                     f"{field}: found {error['input']!r}, {error['msg'][0].lower()}{error['msg'][1:]}"
                 )
-        raise RecipeError(
-            f"{path}: " + "; ".join(problems), "known keys: " + ", ".join(Recipe.model_fields)
-        ) from None
+        keys = SECTIONS.get(section, Recipe).model_fields
+        of = f" of {section}" if section in SECTIONS else ""
+        raise RecipeError(f"{path}: " + "; ".join(problems), f"known keys{of}: " + ", ".join(keys)) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:

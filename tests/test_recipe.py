@@ -160,7 +160,36 @@ def test_every_violation_is_reported_at_once(write) -> None:
     ):
         assert problem in message
     assert "\n" not in message
-    assert "known keys" in caught.value.hint
+    assert caught.value.hint.startswith("known keys of rl: steps, prompts_per_step,")
+
+
+def test_sections_of_verl_may_be_nested(write) -> None:
+    """As people write them; `recast verl-args` picks by the dotted key."""
+    text = MINIMAL + "verl: {data: {max_prompt_length: 77, a: {b: 1}}, +trainer.c: {d: 2}, trainer.e: 3}\n"
+    loaded = load_recipe(write(text), ["verl.data.seed=4"])
+    dotted = {"data.max_prompt_length": 77, "data.a.b": 1, "data.seed": 4}
+    assert loaded.verl == {**dotted, "+trainer.c": {"d": 2}, "trainer.e": 3}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "found"),
+    [
+        (
+            ["rl.prompts_per_step=1000000"],
+            "rl.prompts_per_step times rl.group_size is 32000000, needed at most",
+        ),
+        (["rl.group_size=9999999999999"], "needed at most 10000000"),
+        (["rl.steps=1000000", "rl.prompts_per_step=101"], "is 101000000, needed at most 100000000"),
+    ],
+)
+def test_sizes_that_no_machine_holds_are_refused(write, overrides: list[str], found: str) -> None:
+    with pytest.raises(RecipeError, match=found):
+        load_recipe(write(MINIMAL), overrides)
+
+
+def test_a_mapping_that_holds_itself_is_refused(write) -> None:
+    with pytest.raises(RecipeError, match="holds a mapping that holds itself"):
+        load_recipe(write(MINIMAL + "verl: &v {a: *v}\n"))
 
 
 @pytest.mark.parametrize(

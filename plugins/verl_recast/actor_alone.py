@@ -30,6 +30,7 @@ from verl.workers.utils.padding import response_from_nested
 
 from recast_cli.core.pairs import choose_pairs
 from verl_recast.groups import response_fields
+from verl_recast.settings import num_threads
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ class ActorAlone:
 
 def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    if threads := int(os.environ.get("RECAST_THREADS", "0")):
+    if threads := num_threads():
         torch.set_num_threads(threads)
     alone = ActorAlone(configuration(spec["arguments"]))
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()

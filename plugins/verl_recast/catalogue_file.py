@@ -34,7 +34,7 @@ def read_catalogue_file(path: Path) -> dict[tuple[int, ...], str]:
     """
     codes_of: dict[str, tuple[int, ...]] = {}
     for row, (item, sid) in enumerate(_read_pairs(path), start=1):
-        if item is None or not sid:
+        if item is None or item != item or not str(item).strip() or not sid:  # NaN is not itself
             raise DataError(
                 f"{path} row {row} has item_id {item!r} and sid {sid!r}, needed both", "complete or drop it"
             )
@@ -77,9 +77,10 @@ def _read_pairs(path: Path) -> list[tuple[Any, Any]]:
 
 def _read_index(path: Path) -> list[tuple[Any, Any]]:
     needed = 'needed one object, {"ITEM": ["<a_12>", "<b_3>", "<c_7>"], ...}'
+    content = read_bytes(path)
     try:  # as pairs: a dict would keep the last of two entries of one item without a word
-        pairs = json.loads(read_bytes(path), object_pairs_hook=list)
-    except ValueError as exc:
+        pairs = json.loads(content, object_pairs_hook=list)
+    except (ValueError, RecursionError) as exc:
         raise DataError(f"{path} is not readable JSON ({exc})", needed) from exc
     # an object came as a list of pairs, and an empty one as an empty list
     if not isinstance(pairs, list) or not pairs or not all(isinstance(pair, tuple) for pair in pairs):

@@ -95,6 +95,7 @@ def _check_batches(config: Any, width: int) -> None:
     """
     worker, batch = config.actor_rollout_ref, config.data.train_batch_size
     actor, prompts = worker.actor, worker.actor.ppo_mini_batch_size
+    _require(prompts >= 1, "actor.ppo_mini_batch_size", prompts, "at least 1")
     _require(
         batch % prompts == 0, "data.train_batch_size", batch, f"a multiple of ppo_mini_batch_size={prompts}"
     )

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 
 ESTIMATOR = "recast"  # algorithm.adv_estimator
 TRAINER_MODE = "recast"  # trainer.v1.trainer_mode
@@ -65,7 +67,7 @@ class RecastSettings:
 
     def __post_init__(self) -> None:
         for name in ("w_positive", "w_negative"):
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"algorithm.recast.{name} is {getattr(self, name)}, needs a number >= 0")
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
@@ -126,9 +128,6 @@ class RolloutSettings:
 
     def __post_init__(self) -> None:
         prefix = "actor_rollout_ref.rollout.custom"
-        for name in ("exclude_history", "masked_actor", "share_prompt"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{prefix}.{name} is {getattr(self, name)!r}, needs true or false")
         if self.sampling not in SAMPLINGS:
             raise ValueError(f"{prefix}.sampling is {self.sampling!r}, needed one of {', '.join(SAMPLINGS)}")
         if self.exclude_history and self.catalogue:
@@ -152,4 +151,30 @@ def _read(cls: type[_Settings], prefix: str, section: Mapping[str, Any] | None) 
     unknown = sorted(set(section) - known)
     if unknown:
         raise ValueError(f"{prefix} has unknown key {unknown[0]!r}, known: {sorted(known)}")
+    kinds = get_type_hints(cls)
+    for key in section:
+        _require_kind(f"{prefix}.{key}", section[key], kinds[key])
     return cls(**{key: section[key] for key in section})
+
+
+def _require_kind(name: str, value: Any, kind: Any) -> None:
+    """Refuse a value of another type than its field has; a whole number is a number too."""
+    types = set(get_args(kind) or (kind,))
+    types |= {int} if float in types else set()
+    if type(value) not in types:
+        wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+        raise ValueError(
+            f"{name} is {value!r}, needs {next(wanted[t] for t in (float, *wanted) if t in types)}"
+        )
+
+
+def num_threads() -> int:
+    """`RECAST_THREADS`, torch threads of a worker; 0 where it is not set, and torch decides.
+
+    Raises:
+        ValueError: it is no whole number.
+    """
+    text = os.environ.get("RECAST_THREADS", "0")
+    if not text.isdecimal():
+        raise ValueError(f"RECAST_THREADS is {text!r}, needs a whole number")
+    return int(text)

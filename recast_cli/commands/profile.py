@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from recast_cli.errors import ArtifactError
+
 if TYPE_CHECKING:
     from recast_cli.profiling.profile import Launch
     from recast_cli.recipe import Recipe
@@ -23,8 +25,8 @@ def profile(
         Path | None,
         typer.Option(help="Hugging Face folder. Default: the recipe's model, its warm start, or untrained."),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Timed steps of each job.")] = 5,
-    repeats: Annotated[int, typer.Option(min=1, help="Fresh processes of each arm.")] = 2,
+    steps: Annotated[int, typer.Option(min=1, max=10_000, help="Timed steps of each job.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, max=1000, help="Fresh processes of each arm.")] = 2,
     prompts: Annotated[int | None, typer.Option(min=1, help="B. Default: the recipe's.")] = None,
     group_size: Annotated[int | None, typer.Option(min=2, help="G. Default: the recipe's.")] = None,
     sweep: Annotated[
@@ -58,7 +60,6 @@ def profile(
     import dataclasses
     import json
 
-    from recast_cli.commands.profile_sweep import run_sweep
     from recast_cli.console import note, print_json, progress
     from recast_cli.models import require_start
     from recast_cli.outputs import refuse_inside
@@ -66,20 +67,29 @@ def profile(
     from recast_cli.profiling.folder import new_folder
     from recast_cli.profiling.peak import matmul_peak
     from recast_cli.profiling.plot import plot
+    from recast_cli.profiling.run_sweep import run_sweep
     from recast_cli.provenance import versions
     from recast_cli.recipe import load_recipe
     from recast_cli.training import placement
+    from recast_cli.training.hydra_overrides import require_config
     from recast_cli.training.inputs import Inputs
     from recast_cli.training.run import draw_rows
+    from recast_cli.training.verl_args import RL_MODULE
 
-    loaded = load_recipe(recipe, overrides or [])
-    settings = _settings(loaded, prompts, group_size, steps)
+    sizes = {"rl.prompts_per_step": prompts, "rl.group_size": group_size, "rl.mini_batch_prompts": "null"}
+    given = [f"{name}={size}" for name, size in sizes.items() if size is not None]
+    loaded = load_recipe(recipe, [*(overrides or []), *given])
+    if out.exists() and not out.is_dir():
+        raise ArtifactError(f"--out {out} is a file, needed a folder", "choose another --out")
+    settings = _settings(loaded, steps)
     inputs = Inputs.load(settings)
     refuse_inside({"--out": out}, {"data=": inputs.data, "tokenizer=": inputs.tokenizer})
     start = model or _start_model(settings, inputs)
     require_start(start, inputs.tokenizer)
     placement.require_cores(settings)
     placement.require_gpu(settings)
+    for method in stage.ARMS.values():
+        require_config(RL_MODULE, _arguments(settings, inputs, start, method, out, {}))
     device, threads = placement.resolve_device(settings), placement.num_threads(settings)
     if sweep:
         run_sweep(settings, inputs, start, sweep, out, steps, json_output=json_output)
@@ -118,14 +128,11 @@ def profile(
     note(f"wrote {out / 'profile.json'} and {out / 'profile.png'}")
 
 
-def _settings(recipe: Recipe, prompts: int | None, group_size: int | None, steps: int) -> Recipe:
+def _settings(recipe: Recipe, steps: int) -> Recipe:
     """The recipe with the profile's sizes: every step is one mini-batch, so one optimiser step."""
     from recast_cli.profiling.profile import num_steps
 
     rl = {
-        "prompts_per_step": prompts or recipe.rl.prompts_per_step,
-        "mini_batch_prompts": None,
-        "group_size": group_size or recipe.rl.group_size,
         "steps": num_steps(steps),
         # How rollouts were drawn costs the actor nothing: they are recorded once, by the SID engine.
         "sampling": "iid",
@@ -165,39 +172,21 @@ def _record(settings: Recipe, inputs: Inputs, model: Path, rows: Any, folder: Pa
 
 
 def _launcher(settings: Recipe, inputs: Inputs, model: Path, rows: Any, steps: int, on_step: Any) -> Launch:
-    """How to run one arm: the arguments of `recast train`, the replaying agent loop, no checkpoint."""
+    """How to run one arm."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from recast_cli.profiling.profile import MANAGER, Job, num_steps
-    from recast_cli.training import placement, verl_args
-    from recast_cli.training.hydra_overrides import quoted
+    from recast_cli.profiling.profile import Job, num_steps
+    from recast_cli.training import placement
     from recast_cli.training.process import run_verl
+    from recast_cli.training.verl_args import RL_MODULE
 
     def launch(job: Job) -> list[dict[str, Any]]:
         train_file, metrics = job.folder / "rows.parquet", job.folder / "metrics.jsonl"
         pq.write_table(pa.concat_tables([rows] * num_steps(steps)), train_file)
-        custom = {"tokenizer": str(inputs.tokenizer.resolve()), **job.custom}
-        verl = {
-            **settings.verl,
-            "+actor_rollout_ref.rollout.custom": {key: quoted(value) for key, value in custom.items()},
-            "+actor_rollout_ref.rollout.agent.agent_loop_manager_class": MANAGER,
-            "trainer.save_freq": -1,
-        }
-        method = settings.method.model_copy(update={"name": job.method})
-        arguments = verl_args.rl_arguments(
-            settings.model_copy(update={"method": method, "verl": verl}),
-            model=model.resolve(),
-            train_file=train_file,
-            val_file=train_file,
-            out=job.folder / "checkpoints",
-            prompt_length=inputs.prompt_length,
-            num_levels=inputs.num_levels,
-            rollout_log=job.folder / "rollouts.jsonl",  # the job's own `custom` replaces it
-        )
         return run_verl(
-            verl_args.RL_MODULE,
-            arguments,
+            RL_MODULE,
+            _arguments(settings, inputs, model, job.method, job.folder, job.custom),
             environment={**placement.environment(settings, metrics), **job.environment},
             cwd=job.folder,
             log=job.folder / "verl.log",
@@ -207,6 +196,36 @@ def _launcher(settings: Recipe, inputs: Inputs, model: Path, rows: Any, steps: i
         )
 
     return launch
+
+
+def _arguments(
+    settings: Recipe, inputs: Inputs, model: Path, method: str, folder: Path, custom: dict[str, str]
+) -> list[str]:
+    """Those of `recast train`, but for the replaying agent loop and no checkpoint."""
+    from recast_cli.profiling.profile import MANAGER
+    from recast_cli.training import verl_args
+    from recast_cli.training.hydra_overrides import quoted
+
+    paths = {"tokenizer": str(inputs.tokenizer.resolve()), **custom}
+    wanted = {name: True for name in ("masked_actor", "share_prompt") if getattr(settings.rl, name)}
+    verl = {
+        **settings.verl,
+        "+actor_rollout_ref.rollout.custom": {key: quoted(path) for key, path in paths.items()} | wanted,
+        "+actor_rollout_ref.rollout.agent.agent_loop_manager_class": MANAGER,
+        "trainer.save_freq": -1,
+    }
+    chosen = settings.method.model_copy(update={"name": method})
+    rows = folder / "rows.parquet"
+    return verl_args.rl_arguments(
+        settings.model_copy(update={"method": chosen, "verl": verl}),
+        model=model.resolve(),
+        train_file=rows,
+        val_file=rows,
+        out=folder / "checkpoints",
+        prompt_length=inputs.prompt_length,
+        num_levels=inputs.num_levels,
+        rollout_log=None,
+    )
 
 
 def print_profile(result: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ def require_config(module: list[str], arguments: list[str]) -> None:
     try:
         with initialize_config_dir(str(Path(verl.origin).parent / "trainer" / "config"), version_base=None):
             compose(CONFIGS[module[-1]], overrides=arguments)
-    except (HydraException, OmegaConfBaseException) as exc:
+    except (HydraException, OmegaConfBaseException, ValueError) as exc:
         problem = " ".join(str(exc).split("full_key")[0].split())
         raise RecipeError(
             f"{module[-1]} refuses an override of the recipe: {problem}",

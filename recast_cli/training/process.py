@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recast_cli.errors import EnvironmentFault
+from recast_cli.errors import ArtifactError, EnvironmentFault
 from recast_cli.host import nearest_parent
 from recast_cli.probe import probe_plugin
 
@@ -45,14 +45,20 @@ def _read_from(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
         log.seek(offset)
         text = log.read()
     text = text[: text.rfind(b"\n") + 1]
-    records = [json.loads(line) for line in text.splitlines()]
-    return [{"step": record["step"], **record["data"]} for record in records], offset + len(text)
+    try:
+        records = [json.loads(line) for line in text.splitlines()]
+        return [{"step": int(record["step"]), **record["data"]} for record in records], offset + len(text)
+    except (ValueError, KeyError, TypeError) as exc:
+        raise ArtifactError(
+            f"{path} holds a line that is no record of a step ({exc!r:.80})",
+            "the run is damaged: pass --overwrite or choose another out=",
+        ) from exc
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:
     """verl's checkpoints, whole or torn, by their step in ascending order."""
-    found = {int(path.name.rsplit("_", 1)[1]): path for path in folder.glob("global_step_*")}
-    return dict(sorted(found.items()))
+    named = ((path.name.removeprefix("global_step_"), path) for path in folder.glob("global_step_*"))
+    return dict(sorted((int(step), path) for step, path in named if step.isascii() and step.isdigit()))
 
 
 def hf_checkpoints(folder: Path) -> list[Path]:

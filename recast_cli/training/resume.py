@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from recast_cli.errors import ArtifactError
 from recast_cli.outputs import atomic_text
 from recast_cli.training.process import checkpoints, read_metrics
 
@@ -28,7 +29,7 @@ def last_checkpoint(folder: Path) -> int:
     found = checkpoints(folder)
     if not found or not (folder / TRACKER).exists():
         return 0
-    text = (folder / TRACKER).read_text(encoding="utf-8").strip()
+    text = (folder / TRACKER).read_text(encoding="ascii", errors="replace").strip()
     # An empty tracker was being written, after everything else of the newest checkpoint.
     named = int(text) if text.isdigit() else max(found)
     return max((step for step in found if step <= named), default=0)
@@ -69,5 +70,11 @@ def _keep_until(log: Path, step: int) -> None:
     if not log.exists():
         return
     lines = log.read_text(encoding="utf-8").split("\n")[:-1]  # the last is empty, or torn
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    try:
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+    except (ValueError, KeyError, TypeError) as exc:
+        raise ArtifactError(
+            f"{log} holds a line that is no record of a batch ({exc!r:.80})",
+            "the run is damaged: pass --overwrite or choose another out=",
+        ) from exc
     atomic_text(log, "".join(f"{line}\n" for line in kept))

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from recast_cli.artifacts import load_manifest, weights_sha256
 from recast_cli.errors import ArtifactError, EnvironmentFault
-from recast_cli.recipe import Recipe
+from recast_cli.recipe import Recipe, differences
 from recast_cli.training import warm_start
 from recast_cli.training.inputs import Inputs
 from recast_cli.training.process import hf_checkpoints, read_metrics
@@ -81,9 +81,23 @@ def find(
         go_on = f"pass --resume to go on from step {step}, --overwrite" if can else "pass --overwrite"
         raise ArtifactError(f"{out} holds a run that did not finish", f"{go_on} or choose another out=")
     if origin.exists():
-        found = json.loads(origin.read_text(encoding="utf-8"))
-        _require_same(out, found["parents"], found["facts"], recipe, inputs, model)
+        parents, facts = _read_origin(origin)
+        _require_same(out, parents, facts, recipe, inputs, model)
     return None
+
+
+def _read_origin(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """Parents and facts of a run that has no manifest yet."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        parents, facts = dict(found["parents"]), dict(found["facts"])
+        facts["recipe"], facts["start"]
+    except (ValueError, KeyError, TypeError) as exc:
+        raise ArtifactError(
+            f"{path} does not say what the run there began from ({exc!r:.80})",
+            "the run is damaged: pass --overwrite or choose another out=",
+        ) from exc
+    return parents, facts
 
 
 def _require_same(
@@ -95,11 +109,15 @@ def _require_same(
     model: Path | None,
 ) -> None:
     """Refuse a run in `out` of another recipe, parents or start model."""
-    if not _is_recipe(facts["recipe"], recipe) or parents != inputs.parents:
-        raise ArtifactError(
-            f"{out} holds a run of another recipe or data", "pass --overwrite or choose another out="
-        )
-    if model is not None and facts["start"]["sha256"] != weights_sha256(model):
+    hint = "pass --overwrite or choose another out="
+    if not _is_recipe(facts["recipe"], recipe):
+        changed = differences(facts["recipe"], recipe.model_dump())
+        raise ArtifactError(f"{out} holds a run of another recipe: {changed}", hint)
+    other = [name for name, found in inputs.parents.items() if parents.get(name) != found]
+    if other:
+        folder = getattr(recipe, "data" if other[0] == "dataset" else other[0])
+        raise ArtifactError(f"{out} holds a run of another {other[0]} than {folder}", hint)
+    if model is not None and facts["start"].get("sha256") != weights_sha256(model):
         raise ArtifactError(
             f"{out} holds a run that started from another model than {model}",
             "pass --overwrite or choose another out=",

@@ -336,7 +336,7 @@ def test_a_model_of_another_tokenizer_is_refused(write: Write, tmp_path: Path) -
 
 
 def test_missing_pieces(by_hand: Folders, tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"config\.json not found"):
+    with pytest.raises(ArtifactError, match=r"nothing has no config\.json"):
         evaluate_model(tmp_path / "nothing", by_hand.tokenizer, by_hand.data, "test")
     with pytest.raises(ArtifactError, match="split is 'train'"):
         run(by_hand, "train")

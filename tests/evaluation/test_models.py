@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from artifacts_by_hand import Write
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertLMHeadModel
 from typer.testing import CliRunner
 
@@ -49,6 +50,17 @@ def test_a_model_that_would_read_prompts_otherwise_is_refused(
         assert old in text
         (model / name).write_text(text.replace(old, new), encoding="utf-8")
     with pytest.raises(ArtifactError, match=f"model {model} {message}"):
+        require_start(model, folders.tokenizer)
+
+
+def test_a_start_that_lacks_weights_is_refused(write: Write, tmp_path: Path) -> None:
+    """verl would draw them at random, and say so in a warning."""
+    folders = write(LOG, CODES, (2, 2, 2))
+    model = Path(shutil.copytree(folders.model, tmp_path / "copy"))
+    weights = load_file(model / "model.safetensors")
+    weights.pop("model.layers.0.mlp.down_proj.weight")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ArtifactError, match=r"lacks weights: model\.layers\.0\.mlp\.down_proj\.weight\n"):
         require_start(model, folders.tokenizer)
 
 

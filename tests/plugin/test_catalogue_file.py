@@ -90,6 +90,9 @@ def test_a_table_that_is_no_catalogue_is_refused(tmp_path: Path, content: str, m
     ("content", "message"),
     [
         ("{", r"is not readable JSON"),
+        ("[" * 100_000, r"is not readable JSON"),
+        ('{" ": ["<a_1>"]}', r"row 1 has item_id ' ' and sid"),
+        ('{"": ["<a_1>"]}', r"row 1 has item_id '' and sid"),
         ("{}", r"holds nothing, needed one object"),
         ("[1, 2]", r"holds something else, needed one object"),
         ('{"1": ["<a_1>"], "1": ["<a_2>"]}', r"row 2: item '1' has a second semantic ID, <a_2>"),
@@ -105,7 +108,7 @@ def test_an_index_file_that_is_none_is_refused(tmp_path: Path, content: str, mes
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere\.json does not exist"):
+    with pytest.raises(DataError, match=r"^\S*nowhere\.json does not exist"):
         read_catalogue_file(tmp_path / "nowhere.json")
 
 

@@ -161,6 +161,11 @@ def test_a_catalogue_that_nobody_or_not_everybody_reads_is_refused(
         ("actor_rollout_ref.actor.shuffle=True", "actor.shuffle is True, needs False"),
         ("+algorithm.recast.w=1", "algorithm.recast has unknown key 'w'"),
         ("+algorithm.recast.w_negative=-1", "algorithm.recast.w_negative is -1, needs a number >= 0"),
+        ("+algorithm.recast.w_negative=inf", "algorithm.recast.w_negative is inf, needs a number >= 0"),
+        ("+algorithm.recast.w_negative=abc", "algorithm.recast.w_negative is 'abc', needs a number"),
+        ("+algorithm.recast.w_negative=null", "algorithm.recast.w_negative is None, needs a number"),
+        ("+algorithm.recast.seed=abc", "algorithm.recast.seed is 'abc', needs a whole number"),
+        ("actor_rollout_ref.actor.ppo_mini_batch_size=0", "actor.ppo_mini_batch_size is 0, needs at least 1"),
     ],
 )
 def test_refuses_by_name_with_the_value_found_and_the_value_needed(override: str, message: str) -> None:

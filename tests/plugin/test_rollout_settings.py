@@ -30,6 +30,10 @@ def test_defaults_and_a_verl_section() -> None:
         ({"sampling": "best"}, "sampling is 'best', needed one of iid, without-replacement, beam"),
         ({"masked_actor": "yes"}, "masked_actor is 'yes', needs true or false"),
         ({"exclude_history": 1}, "exclude_history is 1, needs true or false"),
+        ({"token_budget": "many"}, "token_budget is 'many', needs a whole number"),
+        ({"token_budget": True}, "token_budget is True, needs a whole number"),
+        ({"catalogue": 3}, "catalogue is 3, needs a text"),
+        ({"catalogue": ["x"]}, "catalogue is .*, needs a text"),
         ({"catalogue": "c.csv", "exclude_history": True}, "needs tokenizer, found catalogue=c.csv"),
     ],
 )

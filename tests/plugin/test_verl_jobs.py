@@ -144,7 +144,7 @@ def test_second_call_reuses_the_run_and_says_so(recast_job: Job, workspace: Path
 def test_run_directory_of_another_recipe_is_an_error(recast_job: Job, workspace: Path) -> None:
     other = train(workspace, "recast", "method.w_negative=0.5")
     assert other.code == 2
-    assert "error: recast holds a run of another recipe or data" in other.stderr
+    assert "error: recast holds a run of another recipe" in other.stderr
     assert "hint:" in other.stderr and "Traceback" not in other.stderr
 
 

@@ -34,6 +34,26 @@ def test_weights_that_cannot_be_read_leave_no_folder(workspace: Path, tmp_path: 
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["verl.bogus=1"], "verl.trainer.main_ppo refuses an override of the recipe"),
+        (["--sweep", "batch=2", "verl.bogus=1"], "verl.trainer.main_ppo refuses an override of the recipe"),
+        (["--out", "recipe.yaml"], "--out recipe.yaml is a file, needed a folder"),
+        (["--group-size", "99999999999"], "rl.prompts_per_step times rl.group_size is"),
+        (["--sweep", "prompt_length=4094"], "asks for 4097 tokens with the answer, the model reads 4096"),
+        (["--sweep", "batch=x"], "--sweep batch=x has a value that is no whole number"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_is_written(
+    workspace: Path, arguments: list[str], message: str
+) -> None:
+    done = recast(workspace, "profile", "recipe.yaml", "--out", "refused", *arguments)
+    assert done.returncode == 2, done.stderr
+    assert message in next(line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert not (workspace / "refused").exists()
+
+
 @pytest.mark.verl
 def test_both_arms_replay_the_same_rollouts(workspace: Path) -> None:
     options = ["--prompts", "3", "--group-size", "4", "--steps", "1", "--repeats", "1", "--out", "out"]

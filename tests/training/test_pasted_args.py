@@ -96,6 +96,8 @@ def test_json_holds_the_same_overrides(recipe_file: Path) -> None:
     [
         ("method.name=sft", "method.name is sft, which main_ppo does not run"),
         ("verl.actor_rollout_ref.rolout.x=1", "refuses an override of the recipe"),
+        ("verl.data=3", "refuses an override of the recipe"),
+        ("verl.=3", "refuses an override of the recipe"),
         ("rl.group_size=1", "rl.group_size: found"),
     ],
 )

@@ -23,7 +23,7 @@ from recast_cli.main import app
 from recast_cli.recipe import Recipe, dump_recipe
 from recast_cli.training import run, run_directory
 from recast_cli.training.inputs import Inputs
-from recast_cli.training.resume import TRACKER
+from recast_cli.training.resume import TRACKER, last_checkpoint, rewind
 
 
 def test_no_run_is_found_in_a_folder_that_is_empty_or_holds_the_warm_start(
@@ -76,7 +76,7 @@ def test_a_warm_start_in_the_way_of_the_run_is_refused(make_recipe, tmp_path: Pa
 def test_another_run_is_told_before_its_start_is_made(make_recipe, inputs: Inputs) -> None:
     finish_run(make_recipe(), inputs)
     assert run_directory.find(make_recipe(), inputs, None) is not None
-    with pytest.raises(ArtifactError, match="holds a run of another recipe or data"):
+    with pytest.raises(ArtifactError, match="holds a run of another recipe"):
         run_directory.find(make_recipe(seed=5), inputs, None)
 
 
@@ -122,7 +122,7 @@ def test_another_recipe_cannot_go_on_with_a_run_nor_take_its_place(
     make_recipe, inputs: Inputs, checkpoint: bool
 ) -> None:
     out = unfinished(make_recipe(), inputs, checkpoint=checkpoint)
-    with pytest.raises(ArtifactError, match="another recipe or data"):
+    with pytest.raises(ArtifactError, match="of another recipe: "):
         run_directory.find(make_recipe(seed=5), inputs, model_of(inputs), resume=True)
     assert run_directory.find(make_recipe(), inputs, model_of(inputs), resume=True) is None
     (out / "origin.json").unlink()  # of a version that wrote none
@@ -140,11 +140,11 @@ def test_run_made_before_a_key_existed_had_its_default(make_recipe, inputs: Inpu
     path.write_text(json.dumps(manifest))
     assert run_directory.find(make_recipe(), inputs, model_of(inputs)) is not None
     for changes in ({"rollout": "vllm"}, {"rl": {"entropy_coef": 0.1}}):
-        with pytest.raises(ArtifactError, match="another recipe or data"):
+        with pytest.raises(ArtifactError, match="of another recipe: "):
             run_directory.find(make_recipe(**changes), inputs, model_of(inputs))
     manifest["recipe"]["gone"] = 1
     path.write_text(json.dumps(manifest))
-    with pytest.raises(ArtifactError, match="another recipe or data"):
+    with pytest.raises(ArtifactError, match="of another recipe: "):
         run_directory.find(make_recipe(), inputs, model_of(inputs))
 
 
@@ -152,14 +152,16 @@ def test_run_of_another_recipe_or_of_other_data_is_refused(
     make_recipe, inputs: Inputs, tmp_path: Path
 ) -> None:
     finish_run(make_recipe(), inputs)
-    with pytest.raises(ArtifactError, match="another recipe or data") as caught:
+    with pytest.raises(ArtifactError, match=r"of another recipe: seed is 0 there, 1 here\n") as caught:
         run_directory.find(make_recipe(seed=1), inputs, model_of(inputs))
     assert "--overwrite" in caught.value.hint
-    with pytest.raises(ArtifactError, match="another recipe or data"):
-        run_directory.find(make_recipe(method={"name": "grpo"}), inputs, model_of(inputs))
+    many = {"method": {"name": "grpo"}, "seed": 1, "threads": 1, "rl": {"steps": 7}}
+    found = r"method.name is recast there, grpo here, rl.steps .*, seed .* and 1 more\n"
+    with pytest.raises(ArtifactError, match=found):
+        run_directory.find(make_recipe(**many), inputs, model_of(inputs))
     (tmp_path / "tokenizer" / "model" / "model.safetensors").write_bytes(b"others")
     reseal(tmp_path / "tokenizer")
-    with pytest.raises(ArtifactError, match="another recipe or data"):
+    with pytest.raises(ArtifactError, match=r"holds a run of another tokenizer than .*/tokenizer\n"):
         run_directory.find(make_recipe(), Inputs.load(make_recipe()), model_of(inputs))
 
 
@@ -296,3 +298,34 @@ def test_a_warm_start_is_not_resumed(make_recipe, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
     done = CliRunner().invoke(app, ["train", str(tmp_path / "recipe.yaml"), "--resume"])
     assert "method sft is the warm start alone" in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("origin.json", b""),
+        ("origin.json", b"{}"),
+        ("origin.json", b"\xff\xfe"),
+        ("origin.json", b'{"parents": {}, "facts": {"recipe": {}}}'),
+        ("metrics.jsonl", b'{"step": 1, "data": {}}\n\n'),
+        ("metrics.jsonl", b'{"step": 1}\n'),
+        ("metrics.jsonl", b"\0\0\n"),
+        ("rollouts.jsonl", b"[]\n"),
+        ("rollouts.jsonl", b"garbage\n"),
+    ],
+)
+def test_a_damaged_run_is_told_in_one_line(make_recipe, inputs: Inputs, name: str, content: bytes) -> None:
+    out = unfinished(make_recipe(), inputs, checkpoint=True)
+    (out / name).write_bytes(content)
+    with pytest.raises(ArtifactError, match=rf"{name} (holds a line|does not say)") as caught:
+        run_directory.find(make_recipe(), inputs, model_of(inputs), resume=True)
+        rewind(out)
+    assert "--overwrite" in caught.value.hint
+    assert "\n" not in caught.value.message
+
+
+def test_what_else_lies_among_checkpoints_is_none(make_recipe, inputs: Inputs) -> None:
+    out = unfinished(make_recipe(), inputs, checkpoint=True)
+    (out / "checkpoints" / "global_step_2.bak").mkdir()
+    (out / "checkpoints" / TRACKER).write_bytes("\u00b2".encode())  # a digit that int() does not read
+    assert last_checkpoint(out / "checkpoints") == 1

@@ -3,7 +3,6 @@ replica."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +15,7 @@ from recast_cli.core.seeding import hash64
 from recast_cli.core.walk import TOKEN_BUDGET
 from verl_recast.catalogue import require_catalogue
 from verl_recast.rollout.group_sampling import draw_groups, require_sampling
-from verl_recast.settings import RolloutSettings
+from verl_recast.settings import RolloutSettings, num_threads
 
 
 class SIDServer:
@@ -35,8 +34,7 @@ class SIDServer:
         from transformers import AutoModelForCausalLM
 
         require_sampling(config)
-        threads = int(os.environ.get("RECAST_THREADS", "0"))
-        if threads:
+        if threads := num_threads():
             torch.set_num_threads(threads)
         self.config = config
         self.device = torch.device(device)
