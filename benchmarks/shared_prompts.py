@@ -1,0 +1,84 @@
+"""Actor cost with the prompt of a group read once, beside rows read alone: four arms, three prompt lengths.
+
+    python benchmarks/shared_prompts.py
+
+Qwen3 of width 128 with 4 layers, a vocabulary of about 1,000 and answers of 3 tokens, G = 32, prompts of 64, 256
+and 1,024 tokens in batches of 16, 8 and 4, one thread. Seconds are processor seconds of verl's worker, the same
+rollouts in every arm; `recast profile --sweep` measures them. Ratios are over stock GRPO with rows read alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import record
+
+RESULT = Path(__file__).parent / "results" / "shared_prompts.json"
+PROGRAM = "import sys; from recast_cli.main import main; sys.argv[0] = 'recast'; main()"
+LENGTHS = {64: 16, 256: 8, 1024: 4}  # prompt tokens -> prompts of a batch
+GROUP = 32
+RECIPE = """
+data: data
+tokenizer: tokenizer
+out: run
+device: cpu
+threads: 1
+rl: {kl_coef: 0.001, learning_rate: 1.0e-5}
+"""
+
+
+def recast(folder: Path, *arguments: str) -> str:
+    command = [sys.executable, "-c", PROGRAM, *arguments]
+    return subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def measure(steps: int) -> list[dict[str, Any]]:
+    """The rows of all three sweeps."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        log = ["--num-users", "3000", "--num-items", "2000", "--num-clusters", "50"]
+        recast(folder, "prepare-data", "synthetic", "--out", "data", *log)
+        sizes = ["--embeddings", "cooccurrence", "--codebook-size", "330"]
+        recast(folder, "build-tokenizer", "--data", "data", "--out", "tokenizer", *sizes)
+        (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+        rows: list[dict[str, Any]] = []
+        for length, batch in LENGTHS.items():
+            options = [
+                "--sweep",
+                f"prompt_length={length}",
+                "--prompts",
+                str(batch),
+                "--out",
+                f"out-{length}",
+            ]
+            options += ["--group-size", str(GROUP), "--steps", str(steps), "--json"]
+            rows += json.loads(recast(folder, "profile", "recipe.yaml", *options))
+        return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--result", type=Path, default=RESULT)
+    args = parser.parse_args()
+
+    start = record.before()
+    rows = measure(args.steps)
+    names = ("old_log_prob", "ref_log_prob", "actor_update", "all", "tokens", "flops", "peak_memory")
+    print(f"{'prompt':>6} {'arm':14}" + "".join(f"{name:>14}" for name in names))
+    for row in rows:
+        cells = "".join(f"{row['ratio'][name]:13.1f}x" for name in names)
+        print(f"{row['prompt_length']:6} {row['arm']:14}{cells}")
+    record.write(args.result, start, {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()
