@@ -2,9 +2,10 @@
 
     python benchmarks/shared_prompts.py
 
-Qwen3 of width 128 with 4 layers, a vocabulary of about 1,000 and answers of 3 tokens, G = 32, prompts of 64, 256
-and 1,024 tokens in batches of 16, 8 and 4, one thread. Seconds are processor seconds of verl's worker, the same
-rollouts in every arm; `recast profile --sweep` measures them. Ratios are over stock GRPO with rows read alone.
+Qwen3 of width 128 with 4 layers, a vocabulary of about 1,000 and answers of 3 tokens, G = 32, prompts of 64,
+256 and 1,024 tokens in batches of 16, 8 and 4, one thread. Seconds are processor seconds of verl's worker,
+the same rollouts in every arm; `recast profile --sweep` measures them. Ratios are over stock GRPO with rows
+read alone.
 """
 
 from __future__ import annotations
