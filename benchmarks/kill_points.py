@@ -127,7 +127,14 @@ def main() -> None:
             facts["points"].append(found)
             print(json.dumps(found), flush=True)
     points = facts["points"]
-    good = sum(found["weights"] and found["rollouts"] for found in points)
+    # A run that ended before its moment proves nothing, a checkpoint that was whole nothing about torn ones.
+    good = sum(
+        found["killed"]
+        and found["weights"]
+        and found["rollouts"]
+        and (found["moment"] is not None or found["inside_checkpoint"])
+        for found in points
+    )
     print(f"{good} of {len(points)} ended as the run that nobody killed")
     record.write(args.result, start, facts)
     sys.exit(good != len(points))

@@ -39,7 +39,9 @@ def _check_config_early() -> None:
     def validate_config(config: Any, *args: Any, **kwargs: Any) -> None:
         stock(config, *args, **kwargs)
         mode = (config.trainer.get("v1") or {}).get("trainer_mode")
-        if mode == "recast" or config.algorithm.get("adv_estimator") == "recast":
+        # The seed is of the rollouts too, which any trainer may have.
+        asked = set(config.algorithm.get("recast") or {}) - {"seed"}
+        if mode == "recast" or config.algorithm.get("adv_estimator") == "recast" or asked:
             require_tested(*HOST)
             from verl_recast.check_config import check_config
 

@@ -21,6 +21,9 @@ def check_config(config: Any) -> None:
     algorithm, worker = config.algorithm, config.actor_rollout_ref
     settings = RecastSettings.from_algorithm(algorithm)
     _check_arm(config, settings)
+    if settings.repairs or settings.contrasts:
+        needed = "False (use actor.use_kl_loss)"
+        _require(not algorithm.use_kl_in_reward, "algorithm.use_kl_in_reward", True, needed)
     if settings.repairs:
         _check_repair(algorithm)
     _require(worker.rollout.n >= 2, "rollout.n", worker.rollout.n, "at least 2")
@@ -60,14 +63,13 @@ def _check_arm(config: Any, settings: RecastSettings) -> None:
     if not v1 or mode != TRAINER_MODE:
         found = f"trainer.v1.trainer_mode is {mode}" if v1 else "trainer.use_v1 is False"
         needed = TRAINER_MODE if v1 else "True"
+        asks = f"algorithm.adv_estimator={ESTIMATOR}" if estimator == ESTIMATOR else "algorithm.recast"
         raise ValueError(
-            f"{found}, algorithm.adv_estimator={ESTIMATOR} needs {needed}: no other trainer leaves it the "
-            "pair of each group"
+            f"{found}, {asks} needs {needed}: no other trainer repairs and selects, and an asynchronous one "
+            "takes groups apart before they could be"
         )
     if settings.contrasts:
         _require(estimator == ESTIMATOR, "algorithm.adv_estimator", estimator, ESTIMATOR)
-        needed = "False (use actor.use_kl_loss)"
-        _require(not config.algorithm.use_kl_in_reward, "algorithm.use_kl_in_reward", True, needed)
     else:
         needed = f"verl's own, for example grpo (algorithm.recast.arm={settings.arm} keeps whole groups)"
         _require(estimator != ESTIMATOR, "algorithm.adv_estimator", estimator, needed)
@@ -102,8 +104,8 @@ def _check_batches(config: Any, width: int) -> None:
     fsdp = actor.get("fsdp_config") or {}
     shared = max(section.get("ulysses_sequence_parallel_size", 1) for section in (actor, fsdp))
     ranks, kept = max(1, config.trainer.n_gpus_per_node * config.trainer.nnodes // shared), prompts * width
-    needed = f"a number whose kept rows ({width} a prompt) {ranks} ranks can share"
-    _require(kept % ranks == 0, "actor.ppo_mini_batch_size", prompts, needed)
+    needed = f"a multiple of the {ranks} ranks that share it (a group stays on one)"
+    _require(prompts % ranks == 0, "actor.ppo_mini_batch_size", prompts, needed)
     sections = [("actor.ppo", actor.use_dynamic_bsz, actor.ppo_micro_batch_size_per_gpu)]
     for part in ("rollout", "ref"):
         section = worker[part]

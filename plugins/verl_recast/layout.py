@@ -34,8 +34,9 @@ def minibatch_order(
     """Where each kept row goes, so that every PPO mini-batch holds the rows of its own prompts.
 
     Prompts are cut into mini-batches first; inside one, skipped and ragged groups leave holes that masked
-    padding rows fill. Rows are laid out rank-major: the dispatcher gives rank k the k-th contiguous block,
-    whose i-th slice is its share of mini-batch i.
+    padding rows fill, those of a ragged group right behind it. Rows are laid out rank-major: the dispatcher
+    gives rank k the k-th contiguous block, whose i-th slice is its share of mini-batch i. So every group is
+    on one rank.
 
     Args:
         counts: Rows that each group kept, by group number (0..num_groups-1, ascending).
@@ -50,21 +51,22 @@ def minibatch_order(
     """
     num_minibatches = math.ceil(num_groups / minibatch_prompts)
     size = minibatch_prompts * width
-    if size % dp_size:
+    if minibatch_prompts % dp_size:
         raise ValueError(
-            f"a mini-batch keeps {size} rows, which {dp_size} data-parallel ranks cannot share: "
+            f"a mini-batch has {minibatch_prompts} prompts, which {dp_size} data-parallel ranks cannot share: "
             f"set actor.ppo_mini_batch_size to a multiple of {dp_size}"
         )
     widest = max(counts.values(), default=0)
     if widest > width:
         raise ValueError(f"a group has {widest} rows, rollout.n is {width}: agent loops must return one each")
     slots: list[list[int]] = [[] for _ in range(num_minibatches)]
-    total = 0
+    total, next_padding = 0, sum(counts.values())
     for group, count in counts.items():
-        slots[group // minibatch_prompts] += range(total, total + count)
-        total += count
+        missing = width - count
+        padding = range(next_padding, next_padding + missing)
+        slots[group // minibatch_prompts] += [*range(total, total + count), *padding]
+        total, next_padding = total + count, next_padding + missing
     used = [rows for rows in slots if rows]  # a mini-batch without any signal is no update at all
-    next_padding = total
     for rows in used:
         missing = size - len(rows)
         rows += range(next_padding, next_padding + missing)

@@ -125,6 +125,11 @@ def test_a_catalogue_that_nobody_or_not_everybody_reads_is_refused(
         ("trainer.use_v1=False", "trainer.use_v1 is False, algorithm.adv_estimator=recast needs True"),
         ("trainer.v1.trainer_mode=sync", "trainer.v1.trainer_mode is sync, algorithm.adv_estimator=recast"),
         ("trainer.v1.trainer_mode=separate_async", "trainer_mode is separate_async, algorithm.adv_estimator"),
+        (
+            "trainer.v1.trainer_mode=colocate_async",
+            "trainer_mode is colocate_async, algorithm.adv_estimator=recast needs recast: no other trainer "
+            "repairs and selects, and an asynchronous one takes groups apart before they could be",
+        ),
         ("algorithm.adv_estimator=gae", "algorithm.adv_estimator is gae, needs recast"),
         ("actor_rollout_ref.actor.strategy=megatron", "actor.strategy is megatron, needs fsdp or fsdp2"),
         (
@@ -177,6 +182,10 @@ def test_refuses_by_name_with_the_value_found_and_the_value_needed(override: str
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (
+            (*arm("repair-only", "grpo"), "algorithm.use_kl_in_reward=True"),
+            "algorithm.use_kl_in_reward is True, needs False (use actor.use_kl_loss)",
+        ),
         (
             (*arm("repair-only", "grpo"), "algorithm.filter_groups.enable=True"),
             "algorithm.filter_groups.enable is True, needs False (it evicts the groups that repair mends)",
@@ -237,6 +246,11 @@ runpy.run_module("verl.trainer.main_ppo", run_name="__main__")
             "adv_estimator=recast needs recast: no other trainer",
         ),
         (("algorithm.adv_estimator=grpo",), "Ray was started"),
+        (("algorithm.adv_estimator=grpo", "+algorithm.recast.seed=3"), "Ray was started"),
+        (
+            ("algorithm.adv_estimator=grpo", "+algorithm.recast.arm=repair-only"),
+            "trainer.v1.trainer_mode is sync, algorithm.recast needs recast: no other trainer repairs",
+        ),
         ((*GOOD, *SID_ENGINE), "Ray was started"),
         ((*GOOD, ENGINE), "rollout.custom is {}, needs one of tokenizer"),
     ],

@@ -31,6 +31,12 @@ def test_ragged_groups_are_filled_up_in_their_own_minibatch() -> None:
     # two ranks: each gets half of each mini-batch
     order, _ = minibatch_order({0: 3, 1: 2, 2: 3, 3: 3}, 4, 2, 3, 2)
     assert order == [0, 1, 2, 5, 6, 7, 3, 4, 11, 8, 9, 10]
+    # a ragged group before a whole one: its padding keeps the next group on one rank
+    order, _ = minibatch_order({0: 1, 1: 3}, 2, 2, 3, 2)
+    assert order == [0, 4, 5, 1, 2, 3]
+    # a skipped group before both: the hole is at the end
+    order, num_padding = minibatch_order({1: 2, 2: 3}, 4, 4, 3, 2)
+    assert (order, num_padding) == ([0, 1, 5, 2, 3, 4, 6, 7, 8, 9, 10, 11], 7)
 
 
 def test_more_rows_than_rollouts_are_refused() -> None:
@@ -77,11 +83,19 @@ def test_every_row_is_used_once_and_each_rank_gets_its_share_of_every_minibatch(
     rng = np.random.default_rng(num_groups)
     for _ in range(20):
         groups = sorted(rng.choice(num_groups, rng.integers(1, num_groups + 1), replace=False).tolist())
-        order, num_padding = minibatch_order(pairs(*groups), num_groups, minibatch, 2, dp_size)
-        assert sorted(order) == list(range(2 * len(groups) + num_padding))
-        share = minibatch * 2 // dp_size
+        width = int(rng.integers(1, 5))
+        counts = {group: int(rng.integers(1, width + 1)) for group in groups}
+        group_of = [group for group, count in counts.items() for _ in range(count)]
+        order, num_padding = minibatch_order(counts, num_groups, minibatch, width, dp_size)
+        assert sorted(order) == list(range(len(group_of) + num_padding))
+        share = minibatch * width // dp_size
         used = sorted({group // minibatch for group in groups})
-        assert len(order) == len(used) * minibatch * 2
+        assert len(order) == len(used) * minibatch * width
+        rank_of: dict[int, set[int]] = {}
+        for place, row in enumerate(order):
+            if row < len(group_of):
+                rank_of.setdefault(group_of[row], set()).add(place // (len(used) * share))
+        assert all(len(ranks) == 1 for ranks in rank_of.values()), "groups stay whole across ranks"
         # what verl does with it: rank k takes the k-th block, its i-th slice is its share of mini-batch i
         for place, number in enumerate(used):
             rows = [
@@ -89,12 +103,12 @@ def test_every_row_is_used_once_and_each_rank_gets_its_share_of_every_minibatch(
                 for rank in range(dp_size)
                 for row in order[rank * len(used) * share :][place * share : (place + 1) * share]
             ]
-            real = {groups[row // 2] for row in rows if row < 2 * len(groups)}
+            real = {group_of[row] for row in rows if row < len(group_of)}
             assert real == {group for group in groups if group // minibatch == number}
 
 
 def test_rows_that_ranks_cannot_share_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"keeps 2 rows, which 4 .*ppo_mini_batch_size to a multiple of 4"):
+    with pytest.raises(ValueError, match=r"has 1 prompts, which 4 .*ppo_mini_batch_size to a multiple of 4"):
         minibatch_order(pairs(0, 1), 2, 1, 2, 4)
 
 

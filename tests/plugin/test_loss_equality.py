@@ -174,9 +174,9 @@ def found(step: Step, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathF
             made[ranks, "whole", mode] = case(step, whole, GROUP, ranks, scale="kept", mode=mode)
             made[ranks, "pairs", mode] = case(step, step.kept, 2, ranks, **full)
             made[ranks, "kept", mode] = case(step, step.kept, 2, ranks, scale="kept", mode=mode)
-        for size in (1, 4 // ranks, None):
-            made[ranks, "micro", size] = case(
-                step, step.kept, 2, ranks, scale="full-batch", mode="token-mean", micro_batch_size=size
+        for mode, size in itertools.product(MODES, (1, 4 // ranks, None)):
+            made[ranks, "micro", (mode, size)] = case(
+                step, step.kept, 2, ranks, scale="full-batch", mode=mode, micro_batch_size=size
             )
         for scale in ("kept", "full-batch"):
             made[ranks, "terms", scale] = case(
@@ -221,13 +221,20 @@ def test_ranks_do_not_change_the_gradient(found: Found, mode: str, close: Close)
             close(one, other)
 
 
+@pytest.mark.parametrize("scale", ["kept", "full-batch"])
+def test_ranks_do_not_change_the_gradient_of_kl_and_entropy(found: Found, scale: str, close: Close) -> None:
+    for one, other in zip(found[1, "terms", scale], found[2, "terms", scale], strict=True):
+        close(one, other)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_micro_batches_do_not_change_the_gradient(found: Found, ranks: int, close: Close) -> None:
     """One row at a time, a whole mini-batch at once, and dynamic ones."""
-    sizes = [size for name, kind, size in found if name == ranks and kind == "micro"]
-    assert None in sizes and len(sizes) == 3
-    for size in sizes:
-        for one, other in zip(found[ranks, "micro", size], found[ranks, "pairs", "token-mean"], strict=True):
+    sizes = [key for name, kind, key in found if name == ranks and kind == "micro"]
+    assert len(sizes) == 3 * len(MODES)
+    for mode, size in sizes:
+        pairs = found[ranks, "pairs", mode]
+        for one, other in zip(found[ranks, "micro", (mode, size)], pairs, strict=True):
             close(one, other)
 
 

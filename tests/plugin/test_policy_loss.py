@@ -26,6 +26,7 @@ def actor_config(mode: str = "token-sum") -> FSDPActorConfig:
         ppo_mini_batch_size=2,
         ppo_micro_batch_size_per_gpu=2,
         loss_agg_mode=mode,
+        loss_scale_factor=7 if mode == "seq-mean-token-sum-norm" else None,
         clip_ratio_low=0.2,
         clip_ratio_high=0.28,
     )
@@ -99,7 +100,10 @@ def gradient(model: torch.nn.Module, loss: torch.Tensor) -> torch.Tensor:
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
-@pytest.mark.parametrize("mode", ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean"])
+MODES = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_tokens_of_the_shared_prefix_get_no_net_gradient_at_ratio_one(
     model: torch.nn.Module, mode: str
 ) -> None:
