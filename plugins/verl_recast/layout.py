@@ -53,8 +53,8 @@ def minibatch_order(
     size = minibatch_prompts * width
     if minibatch_prompts % dp_size:
         raise ValueError(
-            f"a mini-batch has {minibatch_prompts} prompts, which {dp_size} data-parallel ranks cannot share: "
-            f"set actor.ppo_mini_batch_size to a multiple of {dp_size}"
+            f"a mini-batch has {minibatch_prompts} prompts, which {dp_size} data-parallel ranks "
+            f"cannot share: set actor.ppo_mini_batch_size to a multiple of {dp_size}"
         )
     widest = max(counts.values(), default=0)
     if widest > width:

@@ -74,32 +74,53 @@ def test_a_prompt_needs_targets_of_as_many_codes(targets: list[list[tuple[int, .
 
 
 def reference(
-    codes_GL: list[list[int]], target: list[int], keys_G: list[int]
+    codes_GL: list[list[int]], present: list[int], targets: list[tuple[int, ...]], keys_G: list[int]
 ) -> tuple[list[int], bool, bool]:
     """Places of i+ and i-, whether the group was repaired, and whether it trains: the definition in loops."""
+    num_levels = len(targets[0])
 
-    def shared(codes: list[int]) -> int:
-        return next((i for i in range(3) if codes[i] != target[i]), 3)
+    def shared(codes: list[int], target: tuple[int, ...]) -> int:
+        return next((i for i in range(num_levels) if codes[i] != target[i]), num_levels)
 
-    u = [(0, 0.01, 0.1, 1)[shared(codes)] for codes in codes_GL]
-    places, repaired = range(len(codes_GL)), 1 not in u
-    best = max(places, key=lambda i: (-u[i] if repaired else u[i] == 1, keys_G[i]))
-    misses = [i for i in places if u[i] < 1 and i != best]
-    worst = max(misses, key=lambda i: (u[i], keys_G[i]), default=len(u) - 1)
-    return [best, worst], repaired, bool(misses)
+    # u of the nearest target: 10^(m - L) for m leading codes, 0 for none (method.md, section 2)
+    near = {i: max(shared(codes_GL[i], target) for target in targets) for i in present}
+    hits = [i for i in present if near[i] == num_levels]
+    best = max(hits or present, key=lambda i: (1 if hits else -near[i], keys_G[i]))
+    misses = [i for i in present if near[i] < num_levels and i != best]
+    worst = max(misses, key=lambda i: (near[i], keys_G[i]), default=len(codes_GL) - 1)
+    return [best, worst], not hits, bool(misses)
 
 
-@given(seed=st.integers(0, 2**32), width=st.integers(2, 9))
-def test_plain_loops_choose_alike(seed: int, width: int) -> None:
-    codes_BGL = np.random.default_rng(seed).integers(0, 2, (7, width, 3))
-    targets, index_B = [[(1, 0, 1)]] * 7, np.arange(20, 27)
-    found = choose_pairs(codes_BGL, everything(7, width), targets, index_B, seed=3, step=5)
+@given(
+    seed=st.integers(0, 2**32),
+    width=st.integers(2, 9),
+    num_levels=st.integers(1, 5),
+    num_targets=st.integers(1, 3),
+)
+def test_plain_loops_choose_alike(seed: int, width: int, num_levels: int, num_targets: int) -> None:
+    """Any L, up to three targets a prompt, and groups of which rollouts are missing."""
+    rng = np.random.default_rng(seed)
+    codes_BGL = rng.integers(0, 2, (7, width, num_levels))
+    counts = rng.integers(1, num_targets + 1, 7)
+    targets = [[tuple(codes) for codes in rng.integers(0, 2, (n, num_levels)).tolist()] for n in counts]
+    present_BG = rng.random((7, width)) < 0.8
+    present_BG[:, 0] = True
+    index_B = np.arange(20, 27)
+    found = choose_pairs(
+        codes_BGL, everything(7, width), targets, index_B, seed=3, step=5, present_BG=present_BG
+    )
     keys_BG = tie_keys(3, 5, index_B, width)
     for b in range(7):
-        places, repaired, trains = reference(codes_BGL[b].tolist(), [1, 0, 1], keys_BG[b].tolist())
-        assert found.kept_B2[b].tolist() == places
+        present = np.flatnonzero(present_BG[b]).tolist()
+        places, repaired, trains = reference(codes_BGL[b].tolist(), present, targets[b], keys_BG[b].tolist())
         assert (bool(found.repaired_B[b]), bool(found.trainable_B[b])) == (repaired, trains)
         assert found.advantages_B2[b].tolist() == ([1.0, -1.0] if trains else [0.0, 0.0])
+        if not trains:
+            continue
+        assert found.kept_B2[b].tolist() == places
+        positive, negative = (tuple(codes) for codes in found.codes_B2L[b].tolist())
+        assert positive in targets[b] and negative not in targets[b]
+        assert negative == tuple(codes_BGL[b, places[1]].tolist())
 
 
 def test_a_rollout_that_is_not_there_is_no_negative() -> None:

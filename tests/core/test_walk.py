@@ -42,6 +42,19 @@ def test_tree_logits_equal_plain_forwards(family: str, attention: str) -> None:
                 walk.grow(torch.from_numpy(tokens), torch.from_numpy(parents))
 
 
+def test_a_long_prompt_beside_a_short_one() -> None:
+    """1,500 tokens of left padding: nothing of them, and no position, reaches the short prompt's answers."""
+    model = tiny(max_position_embeddings=2048)
+    prompts = [(PROMPTS[2] * 167)[:1500], PROMPTS[0]]
+    with decoding_mode(model):
+        walk = TreeWalk(model, prompts, PAD)
+        walk.grow(torch.tensor([[7, 12], [14, 3]]), torch.zeros(2, 2, dtype=torch.int64))
+        for prompt, tokens, logits in zip(prompts, ([7, 12], [14, 3]), walk.logits_BSV, strict=True):
+            for token, row in zip(tokens, logits, strict=True):
+                plain = model(input_ids=torch.tensor([[*prompt, token]])).logits[0, -1]
+                torch.testing.assert_close(row, plain, atol=1e-5, rtol=0)
+
+
 def test_a_prompt_is_read_once_and_never_copied_per_answer(model, trie: Trie) -> None:
     shapes = []
     hook = model.register_forward_pre_hook(

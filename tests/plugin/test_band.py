@@ -92,3 +92,14 @@ def test_the_band_is_the_one_that_a_resolver_reads() -> None:
     needed = {need.name: need for need in map(Requirement, reversed(lines))}
     for name, versions in band.TESTED.items():
         assert needed[name].specifier == Requirement(f"{name}{versions}").specifier
+
+
+def test_another_queue_is_refused_like_another_verl(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"verl": "0.9.1", "TransferQueue": "0.2.0"}
+    monkeypatch.setattr(band, "installed", versions.get)
+    monkeypatch.delenv(band.OVERRIDE, raising=False)
+    needed = r"TransferQueue 0\.2\.0 is outside .*\(>=0\.1\.10,<0\.2\): .* set RECAST_UNTESTED_HOST=1"
+    with pytest.raises(RuntimeError, match=needed):
+        band.require_tested(*band.HOST)
+    monkeypatch.setenv(band.OVERRIDE, "1")
+    band.require_tested(*band.HOST)

@@ -144,6 +144,34 @@ def test_the_best_beams_come_in_order(
     assert (shares > np.exp(out["log_probs_BGL"].sum(axis=-1))).all() and (shares.sum(axis=1) < 1).all()
 
 
+def test_requests_that_wait_are_answered_together(tokenizer_folder: Path, prompts: list[list[int]]) -> None:
+    """verl's own agent loops ask for one answer at a time; eight at once cost one reading of the prompts."""
+    server, read = make_server(tokenizer_folder), []
+    server.model.register_forward_pre_hook(
+        lambda _, __, given: read.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    asked = [(f"request-{k}", prompts[k % 6], {"temperature": 0.5 if k == 7 else 1.0}) for k in range(8)]
+
+    async def ask(*requests: tuple[str, list[int], dict[str, float]]) -> list[Any]:
+        calls = [
+            server.generate(name, prompt_ids=prompt, sampling_params=params)
+            for name, prompt, params in requests
+        ]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    together = asyncio.run(ask(*asked))
+    prefills = [shape for shape in read if shape[1] > 3]
+    assert [rows for rows, _ in prefills] == [7, 1]  # another temperature is another batch
+    for request, answer in zip(asked, together, strict=True):
+        alone = asyncio.run(ask(request))[0]
+        assert answer.token_ids == alone.token_ids
+        assert answer.log_probs == pytest.approx(alone.log_probs, abs=1e-5)
+    assert len({tuple(answer.token_ids) for answer in together}) > 1
+    server.global_steps = None
+    failures = asyncio.run(ask(*asked[:3]))
+    assert [str(failure) for failure in failures] == ["the rollout server has no weights yet"] * 3
+
+
 def test_without_replacement_answers_are_distinct_and_do_not_depend_on_order(
     tokenizer_folder: Path, prompts: list[list[int]]
 ) -> None:

@@ -12,7 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from test_loss_equality import GROUP, KL_AND_ENTROPY, PROMPTS, Step, case, gradients, make_step
+
+from verl_recast.actor_options import extend_workers
+from verl_recast.shared_prompts import OPTION
 
 WHOLE, PAIRS = "whole", "pairs"
 Key = tuple[Any, ...]
@@ -87,3 +91,31 @@ def test_every_prompt_is_read_once_where_micro_batches_allow_it(found: Found, st
     read = found[1, True, WHOLE, "log_probs"][-1]
     num_filled = PROMPTS * GROUP - int(there.sum())
     assert int(read.sum()) == prompts + (answers * there).sum() + (filled - 1 + num_filled)
+
+
+@pytest.mark.parametrize("custom", [None, {}, {"share_prompt": False}, {"masked_actor": True}])
+def test_a_worker_that_does_not_ask_is_left_alone(custom: dict[str, Any] | None) -> None:
+    class Worker:
+        role, config = "actor_ref", OmegaConf.create({"rollout": {"custom": custom}})
+
+        def init_model(self) -> str:
+            self.actor = self.ref = "stock"
+            return "built"
+
+    extend_workers(Worker, OPTION, lambda *_: pytest.fail("checked"), lambda *_: pytest.fail("changed"))
+    worker = Worker()
+    assert worker.init_model() == "built" and (worker.actor, worker.ref) == ("stock", "stock")
+
+
+def test_a_worker_that_asks_is_checked_and_both_its_engines_change() -> None:
+    class Worker:
+        role, config = "actor_ref", OmegaConf.create({"rollout": {"custom": {"share_prompt": True}}})
+
+        def init_model(self) -> None:
+            self.actor, self.ref = "actor", "ref"
+
+    seen: list[Any] = []
+    extend_workers(Worker, OPTION, seen.append, lambda config, part: seen.append((config, part)))
+    worker = Worker()
+    worker.init_model()
+    assert seen == [worker.config, (worker.config, "actor"), (worker.config, "ref")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 import torch
@@ -14,6 +15,7 @@ from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
+from recast_cli.core.seeding import hash64
 from recast_cli.core.spelling import parse
 from recast_cli.tokenizer.model import bare_tokenizer
 from recast_cli.tokenizer.vocabulary import add_semantic_ids
@@ -79,7 +81,9 @@ def trainer(tokenizer: Any, mini_batch_prompts: int, **settings: Any) -> PPOTrai
     return made
 
 
-def put(tokenizer: Any, groups: list[tuple[int, list[str]]], partition: str) -> KVBatchMeta:
+def put(
+    tokenizer: Any, groups: list[tuple[int, list[str]]], partition: str, ground_truth: Any = TARGET
+) -> KVBatchMeta:
     """Rollouts of each group, interleaved, as the agent loop writes them."""
     keys, records, tags = [], [], []
     for g in range(3):
@@ -93,7 +97,7 @@ def put(tokenizer: Any, groups: list[tuple[int, list[str]]], partition: str) -> 
                 "rollout_log_probs": torch.full((3,), -0.5),
                 "uid": f"u{index}",
                 "index": index,
-                "reward_model": {"style": "rule", "ground_truth": TARGET},
+                "reward_model": {"style": "rule", "ground_truth": ground_truth},
                 "extra_fields": {"reward_extra_info": info, "producer": "rollout"},
             }
             keys.append(f"u{index}_{g}_0")
@@ -129,6 +133,7 @@ def test_the_anchor_takes_the_farthest_miss_and_all_but_the_pairs_is_cleared(tok
         "all_zero": 1 / 3,
         "single_hit": 1 / 3,
         "multi_hit": 1 / 3,
+        "duplicate": 2 / 9,  # of 9 answers the second and third of ALL_HIT
         "all_zero_after_repair": 0,
         "repaired_groups": 1,
         "skipped_groups": 1,
@@ -142,6 +147,22 @@ def test_the_anchor_takes_the_farthest_miss_and_all_but_the_pairs_is_cleared(tok
     }
     assert {name: metrics[f"signal/{name}"] for name in expected} == pytest.approx(expected)
     assert "signal/invalid" not in metrics  # there is no catalogue to ask
+
+
+def test_an_anchor_is_one_of_several_targets_by_the_rule(tokenizer: Any) -> None:
+    """Both rules on eleven groups with two targets each, none of them hit."""
+    other = "<s_a_2><s_b_2><s_c_0>"
+    groups = [(index, [FAR, NEAR, FARTHEST]) for index in range(11)]
+    answers = {}
+    for rule in ("first", "seeded"):
+        batch = put(tokenizer, groups, f"targets-{rule}", ground_truth=[TARGET, other])
+        small = trainer(tokenizer, 11, anchor_rule=rule)._balance_batch(batch, {})
+        data = tq.kv_batch_get(keys=small.keys, partition_id=f"targets-{rule}", select_fields=["responses"])
+        answers[rule] = [tokenizer.decode(row) for row in data["responses"].unbind()][::2]
+    assert answers["first"] == [TARGET] * 11
+    draws = [int(hash64(0, 1, np.array([index]))[0]) % 2 for index in range(11)]
+    assert answers["seeded"] == [(TARGET, other)[draw] for draw in draws]
+    assert set(draws) == {0, 1}
 
 
 def test_each_pair_stays_in_the_mini_batch_of_its_prompt(tokenizer: Any) -> None:

@@ -123,6 +123,21 @@ def test_the_trainer_hooks_are_found() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("module", "owner", "names"),
+    [
+        ("verl.workers.rollout.llm_server", "LLMServerClient", ["_acquire_server", "_release_server"]),
+        ("verl.single_controller.base.worker", "Worker", ["_query_dispatch_info"]),
+        ("verl.workers.rollout.base", "", ["_ROLLOUT_REGISTRY"]),
+    ],
+)
+def test_what_is_reached_by_name_is_there(module: str, owner: str, names: list[str]) -> None:
+    """The rest of what the plugin touches: neither imported, nor overridden."""
+    found = importlib.import_module(module)
+    holder = getattr(found, owner) if owner else found
+    assert [name for name in names if not hasattr(holder, name)] == []
+
+
 def test_what_the_cpu_engine_replaces_is_there() -> None:
     engine = importlib.import_module("verl.workers.engine.fsdp.transformer_impl")
     build = inspect.signature(engine.FSDPEngineWithLMHead._build_fsdp_module)

@@ -329,3 +329,21 @@ def test_what_else_lies_among_checkpoints_is_none(make_recipe, inputs: Inputs) -
     (out / "checkpoints" / "global_step_2.bak").mkdir()
     (out / "checkpoints" / TRACKER).write_bytes("\u00b2".encode())  # a digit that int() does not read
     assert last_checkpoint(out / "checkpoints") == 1
+
+
+def test_a_run_killed_in_its_export_is_finished_from_its_last_checkpoint(
+    make_recipe, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the last record there is no step left: a torn copy of the model is made whole, no job starts."""
+    recipe = make_recipe(rl={"steps": 1})
+    out = unfinished(recipe, inputs, checkpoint=True)
+    exported = out / "checkpoints" / "global_step_1" / "actor" / "huggingface"
+    shutil.copytree(model_of(inputs), exported)
+    (out / "model").mkdir()
+    whole = (exported / "model.safetensors").read_bytes()
+    (out / "model" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    monkeypatch.setattr(run, "run_verl", lambda *_, **__: pytest.fail("a job was started"))
+    manifest = run.train(recipe, inputs, model_of(inputs), resume=True)
+    assert (out / "model" / "model.safetensors").read_bytes() == whole
+    assert run_directory.find(recipe, inputs, model_of(inputs)) == manifest
+    assert len(manifest["resumed"]) == 1

@@ -3,6 +3,7 @@ replica."""
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +38,7 @@ class SIDServer:
         if threads := num_threads():
             torch.set_num_threads(threads)
         self.config = config
+        self._waiting: dict[tuple[tuple[str, Any], ...], list[tuple[list[int], int, Any]]] = {}
         self.device = torch.device(device)
         catalogue = require_catalogue(config.custom, model_config.tokenizer)
         self.catalogue = replace(catalogue, trie=catalogue.trie.to(self.device))
@@ -96,6 +98,35 @@ class SIDServer:
             "global_steps": self.global_steps,
         }
 
+    async def _one_answer(self, prompt: list[int], index: int, **options: Any) -> dict[str, Any]:
+        """`generate_groups` for a single answer, together with all requests that wait with like options.
+
+        A batch takes the event loop until it is done, and meanwhile the next requests arrive.
+        """
+        loop = asyncio.get_running_loop()
+        key, answer = tuple(sorted(options.items())), loop.create_future()
+        waiting = self._waiting.setdefault(key, [])
+        waiting.append((prompt, index, answer))
+        if len(waiting) == 1:
+            # Not now: requests that are here already take their places in the loop's next round first.
+            loop.call_soon(lambda: loop.create_task(self._answer_waiting(key)))
+        return await answer
+
+    async def _answer_waiting(self, key: tuple[tuple[str, Any], ...]) -> None:
+        prompts, index, answers = zip(*self._waiting.pop(key), strict=True)
+        try:
+            found = await self.generate_groups(list(prompts), list(index), 1, **dict(key))
+        except Exception as exc:  # every one of them must hear of it
+            for answer in answers:
+                if not answer.done():  # its request was cancelled
+                    answer.set_exception(exc)
+            return
+        step = found.pop("global_steps")
+        for b, answer in enumerate(answers):
+            if not answer.done():
+                columns = {name: column[b] for name, column in found.items()}
+                answer.set_result({**columns, "global_steps": step})
+
     async def generate(
         self, request_id: str, *, prompt_ids: list[int], sampling_params: dict[str, Any], **_: Any
     ) -> TokenOutput:
@@ -112,18 +143,17 @@ class SIDServer:
                 )
         digest = int(hash64(*request_id.encode()).item()) >> 1
         seed = sampling_params.get("seed")
-        out = await self.generate_groups(
-            [list(prompt_ids)],
-            [digest],
-            1,
+        out = await self._one_answer(
+            list(prompt_ids),
+            digest,
             step=self.global_steps or 0,
             seed=self.config.seed if seed is None else seed,
             temperature=float(sampling_params.get("temperature", 1.0)),
             top_p=float(sampling_params.get("top_p", 1.0)),
         )
-        codes = out["codes_BGL"][0, 0]
+        codes = out["codes_BGL"][0]
         actors = "trie_log_probs_BGL" if self.options.masked_actor else "log_probs_BGL"
-        log_probs = out[actors][0, 0].tolist()
+        log_probs = out[actors][0].tolist()
         return TokenOutput(
             token_ids=self.catalogue.token_ids(codes).tolist(),
             log_probs=None if np.isnan(log_probs).any() else log_probs,
