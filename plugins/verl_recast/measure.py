@@ -195,6 +195,8 @@ def _size(data: Any) -> dict[str, int]:
 
 
 def _shared_work(tokens: list[torch.Tensor], responses_B: torch.Tensor) -> Work:
+    if not tokens:  # nothing but rows that fill a batch
+        return Work(0, 0, 0)
     lengths_B, ends_B = np.array([len(row) for row in tokens]), responses_B.cpu().numpy()
     total = Work(0, 0, 0)
     for rows in rows_by_prompt(torch.cat(tokens).numpy(), lengths_B, ends_B):

@@ -21,12 +21,23 @@ from verl.workers.engine import utils
 from verl.workers.engine.fsdp import transformer_impl
 
 from recast_cli.core.shared_prompt import SharedPrompts, attend, rows_by_prompt, share_prompts
+from recast_cli.core.walkable import FULL_ATTENTION, require_layers
 from verl_recast.platform.micro_batches import by_length, take
 from verl_recast.shared_prompts import SHARED
 
 ATTENTION = "recast_shared_prompt"
 # What a model's attention may ask for without changing which token sees which, or how scores become weights.
 _HARMLESS = {"position_ids", "use_cache", "output_attentions", "cache_position", "num_items_in_batch"}
+
+
+class Reading:
+    """One forward call: where its prompts are, and how many layers have asked.
+
+    No dataclass: FSDP2 copies those on their way into each layer, and would count in the copies.
+    """
+
+    def __init__(self, layout: SharedPrompts) -> None:
+        self.layout, self.layers = layout, 0
 
 
 def shared_attention(
@@ -36,7 +47,7 @@ def shared_attention(
     value: torch.Tensor,
     attention_mask: None,
     *,
-    shared_prompts: SharedPrompts | None = None,
+    shared_prompts: Reading | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     **asked: Any,
@@ -53,11 +64,17 @@ def shared_attention(
         raise ValueError(f"share_prompt: attention with {strange[0]}, needs plain causal attention")
     if shared_prompts is None:
         raise ValueError(f"{type(module).__name__} was not told where the prompts are")
-    return attend(query, key, value, shared_prompts, scaling), None
+    shared_prompts.layers += 1
+    return attend(query, key, value, shared_prompts.layout, scaling), None
 
 
 def share_engine(engine: Any) -> None:
-    """Make one of verl's FSDP engines read shared prompts once, from now on."""
+    """Make one of verl's FSDP engines read shared prompts once, from now on.
+
+    Raises:
+        ValueError: a model in which more than attention carries one token's state to another.
+    """
+    require_layers(engine.module, FULL_ATTENTION, "share_prompt")
     AttentionInterface.register(ATTENTION, shared_attention)
     engine.module.set_attn_implementation(ATTENTION)
     stock_batch = engine.forward_backward_batch
@@ -67,24 +84,30 @@ def share_engine(engine: Any) -> None:
     def prepare_model_inputs(micro_batch: TensorDict) -> tuple[dict[str, Any], dict[str, Any]]:
         tokens, positions = micro_batch["input_ids"], micro_batch["position_ids"]
         shared = share_prompts(*_of_rows(micro_batch)).to(tokens.device)
-        answers = answers_only(micro_batch, shared)
+        answers, reading = answers_only(micro_batch, shared), Reading(shared)
         _, output_args = stock_inputs(answers)
-        output_args["answers"], output_args["shared"] = answers, shared
+        output_args["answers"], output_args["reading"] = answers, reading
         return {
             "input_ids": tokens.values()[shared.source_T][None],
             "attention_mask": None,
             "position_ids": positions.values()[shared.source_T][None],
             "logits_to_keep": shared.read_K,
-            "shared_prompts": shared,
+            "shared_prompts": reading,
         }, output_args
 
     @functools.wraps(stock_outputs)
     def prepare_model_outputs(
         output: Any, output_args: dict[str, Any], micro_batch: TensorDict, logits_processor_func: Any
     ) -> dict[str, torch.Tensor]:
+        reading, layers = output_args["reading"], engine.module.config.num_hidden_layers
+        if reading.layers != layers:
+            raise ValueError(
+                f"share_prompt: {reading.layers} of the model's {layers} layers asked for attention, "
+                "needs all of them: another layer reads the packed rows as one text"
+            )
         found = stock_outputs(output, output_args, output_args["answers"], logits_processor_func)
-        offsets, shared = micro_batch["input_ids"].offsets(), output_args["shared"]
-        return {name: _on_whole_rows(column, shared, offsets) for name, column in found.items()}
+        offsets = micro_batch["input_ids"].offsets()
+        return {name: _on_whole_rows(column, reading.layout, offsets) for name, column in found.items()}
 
     @functools.wraps(stock_batch)
     def forward_backward_batch(data: TensorDict, *args: Any, **options: Any) -> Any:
@@ -99,8 +122,8 @@ def share_engine(engine: Any) -> None:
 
 def _keep_together() -> None:
     """Have verl's engines of this process ask here for micro-batches; others get the old ones."""
-    stock = transformer_impl.prepare_micro_batches
-    if getattr(stock, "__wrapped__", None) is not None:
+    stock: Any = transformer_impl.prepare_micro_batches
+    if getattr(stock, "_recast_shares", False):
         return
 
     @functools.wraps(stock)
@@ -108,6 +131,7 @@ def _keep_together() -> None:
         shared = tu.get_non_tensor_data(data=data, key=SHARED, default=False)
         return (prepare_micro_batches if shared else stock)(data, **options)
 
+    prepare._recast_shares = True  # type: ignore[attr-defined]
     transformer_impl.prepare_micro_batches = prepare  # type: ignore[assignment]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from verl_recast.actor_options import extend_workers, require_plain_engine
+from verl_recast.actor_options import Check, extend_workers, require_plain_engine
 
 OPTION = "share_prompt"
 SHARED = "recast_shared_prompts"  # set in the data of an engine that shares
@@ -20,10 +20,14 @@ def require_shareable(worker: Any) -> None:
     Raises:
         ValueError: naming the option, the value found and the value needed.
     """
-    actor = worker.actor
-    padded = actor.get("pad_to_length", False) or (actor.get("fsdp_config") or {}).get("pad_to_length", False)
-    needed = "False (packed rows have no such length)"
-    require_plain_engine(worker, OPTION, [(not padded, "actor.pad_to_length", padded, needed)])
+    checks: list[Check] = []
+    for part in ("actor", "ref"):
+        section = worker.get(part) or {}
+        for name, place in ((part, section), (f"{part}.fsdp_config", section.get("fsdp_config") or {})):
+            padded = place.get("pad_to_length", False)
+            needed = "False (packed rows have no such length)"
+            checks.append((not padded, f"{name}.pad_to_length", padded, needed))
+    require_plain_engine(worker, OPTION, checks)
 
 
 def share_workers(worker_class: Any) -> None:

@@ -109,21 +109,16 @@ class Work:
         )
 
 
-def forward_flops(shape: ModelShape, work: Work, *, causal: bool = True) -> float:
-    """Operations of one forward pass.
+def forward_flops(shape: ModelShape, work: Work) -> float:
+    """Operations of one forward pass: of the score matrix the part that a causal model needs.
 
-    Args:
-        shape: The model.
-        work: The batch.
-        causal: Count the half of the score matrix that a causal model needs. Kernels that are given an
-            explicit mask (verl on the CPU) compute all of it: False counts that.
+    Kernels that are given an explicit mask (verl on the CPU) compute all of it.
     """
     linear = 2.0 * (shape.layer_parameters * work.tokens + shape.head_parameters * work.read_tokens)
     # Scores and their product with the values: 2 products x 2 operations per pair of tokens.
-    attention = 4.0 * shape.num_layers * shape.num_heads * shape.head_dim * work.square_tokens
-    return linear + (attention / 2 if causal else attention)
+    return linear + 2.0 * shape.num_layers * shape.num_heads * shape.head_dim * work.square_tokens
 
 
-def train_flops(shape: ModelShape, work: Work, *, causal: bool = True) -> float:
+def train_flops(shape: ModelShape, work: Work) -> float:
     """Operations of a forward and a backward pass, without activation recomputation."""
-    return TRAIN * forward_flops(shape, work, causal=causal)
+    return TRAIN * forward_flops(shape, work)

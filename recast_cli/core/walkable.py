@@ -9,7 +9,8 @@ from typing import Any
 
 # Kinds of layers in a config. The windowed ones are told by their caches: some models name a window they
 # do not use.
-_ATTENTION = {"full_attention", "attention", "global", "sliding_attention", "chunked_attention"}
+FULL_ATTENTION = frozenset({"full_attention", "attention", "global"})
+_ATTENTION = FULL_ATTENTION | {"sliding_attention", "chunked_attention"}
 
 
 def attention_of(model: Any) -> str:
@@ -27,17 +28,25 @@ def require_walkable(model: Any) -> None:
         raise ValueError(
             f"attention {attention_of(model)!r} takes no mask per token; load the model with 'sdpa'"
         )
+    require_layers(model, _ATTENTION, "constrained decoding")
+
+
+def require_layers(model: Any, kinds: frozenset[str], purpose: str) -> None:
+    """Refuse a model that counts positions itself, or has layers of another kind than `kinds`.
+
+    Raises:
+        ValueError: saying what the model has and what `purpose` needs.
+    """
     config = getattr(model, "config", None)
     if "position_ids" not in inspect.signature(model.forward).parameters or getattr(config, "alibi", False):
         raise ValueError(
-            f"{type(model).__name__} counts positions itself; constrained decoding needs a model that takes "
-            "position_ids"
+            f"{type(model).__name__} counts positions itself; {purpose} needs a model that takes position_ids"
         )
-    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or ()
-    strange = sorted(set(kinds) - _ATTENTION)
+    found = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or ()
+    strange = sorted(set(found) - kinds)
     if strange:
         raise ValueError(
-            f"the model has layers of kind {strange[0]!r}; constrained decoding needs full attention in all"
+            f"the model has layers of kind {strange[0]!r}; {purpose} needs full attention in all"
         )
 
 

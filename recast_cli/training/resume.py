@@ -69,8 +69,8 @@ def _keep_until(log: Path, step: int) -> None:
     """Keep the whole lines of a log that belong to steps up to `step`."""
     if not log.exists():
         return
-    lines = log.read_text(encoding="utf-8").split("\n")[:-1]  # the last is empty, or torn
     try:
+        lines = log.read_text(encoding="utf-8").split("\n")[:-1]  # the last is empty, or torn
         kept = [line for line in lines if json.loads(line)["step"] <= step]
     except (ValueError, KeyError, TypeError) as exc:
         raise ArtifactError(

@@ -91,7 +91,7 @@ def _read_origin(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         parents, facts = dict(found["parents"]), dict(found["facts"])
-        facts["recipe"], facts["start"]
+        facts["recipe"], facts["start"] = dict(facts["recipe"]), dict(facts["start"])
     except (ValueError, KeyError, TypeError) as exc:
         raise ArtifactError(
             f"{path} does not say what the run there began from ({exc!r:.80})",

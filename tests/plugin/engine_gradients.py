@@ -94,13 +94,15 @@ def main() -> None:
     engine.module.register_forward_pre_hook(
         lambda _, __, given: read.append(given["input_ids"].numel()), with_kwargs=True
     )
-    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    rank, ranks, masked = torch.distributed.get_rank(), torch.distributed.get_world_size(), False
     for case in torch.load(cases_file):
         for name, value in case["actor"].items():
             object.__setattr__(actor, name, value)
         worker.set_loss_fn(partial(ppo_loss, config=actor))
-        if folder := case.get("tokenizer"):
+        folder = case.get("tokenizer")
+        if folder and not masked:
             mask_engine(engine, Catalogue.load(folder))
+            masked = True
         if case.get("share"):
             share_engine(engine)
         read.clear()

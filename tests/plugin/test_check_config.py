@@ -63,6 +63,7 @@ def test_shared_prompts_need_an_engine_that_reads_whole_rows() -> None:
     for override, message in (
         ("actor_rollout_ref.actor.use_prefix_grouper=True", "use_prefix_grouper is True, needs False"),
         ("actor_rollout_ref.actor.pad_to_length=True", "actor.pad_to_length is True, needs False"),
+        ("actor_rollout_ref.ref.fsdp_config.pad_to_length=True", "ref.fsdp_config.pad_to_length is True"),
     ):
         with pytest.raises(ValueError, match=rf"custom\.share_prompt: .*{message}"):
             check_config(config(custom, override))

@@ -25,6 +25,7 @@ from verl_recast.masked_actor import require_maskable
 NUM_PROMPTS, GROUP, TEMPERATURE = 4, 3, 0.7
 PADDING = NUM_PROMPTS * GROUP  # where the rows begin that only fill up
 WEIGHTS = [1.0, -1.0, 0.5]  # advantages inside each group
+HOW = ("padded", "packed", "shared")  # rows alone, in one sequence, behind one copy of their prompt
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def rows(tokenizer_folder: Path) -> list[dict[str, torch.Tensor]]:
 
 
 def case(
-    rows: list[dict[str, torch.Tensor]], tokenizer: Path, *, packed: bool, infer: bool, ranks: int = 1
+    rows: list[dict[str, torch.Tensor]], tokenizer: Path, *, how: str, infer: bool, ranks: int = 1
 ) -> dict[str, Any]:
     names = [name for name in rows[0] if name != "trie_log_probs"]
     return {
@@ -68,7 +69,7 @@ def case(
         "extra": {
             "calculate_entropy": True,
             "compute_loss": False,
-            "use_remove_padding": packed,
+            "use_remove_padding": how == "packed",
             "distillation_use_topk": False,
             "distillation_only": False,
             "global_batch_size": len(rows),
@@ -83,6 +84,7 @@ def case(
         },
         "actor": {"loss_agg_mode": "token-mean", "use_kl_loss": False, "entropy_coeff": 0.0},
         "tokenizer": str(tokenizer),
+        "share": how == "shared" and infer,  # once, from the first such case on
         "infer": infer,
     }
 
@@ -90,10 +92,10 @@ def case(
 @pytest.fixture(scope="module")
 def found(
     rows: list[dict[str, torch.Tensor]], tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[tuple[bool, bool], list[Any]]:
-    """(packed, infer) -> what the child of engine_gradients.py recorded."""
-    keys = [(packed, infer) for packed in (False, True) for infer in (True, False)]
-    cases = [case(rows, tokenizer_folder, packed=packed, infer=infer) for packed, infer in keys]
+) -> dict[tuple[str, bool], list[Any]]:
+    """(how rows are read, infer) -> what the child of engine_gradients.py recorded."""
+    keys = [(how, infer) for how in HOW for infer in (True, False)]
+    cases = [case(rows, tokenizer_folder, how=how, infer=infer) for how, infer in keys]
     folder = tmp_path_factory.mktemp("masked")
     return dict(zip(keys, gradients(cases, 1, tokenizer_folder / "model", folder), strict=True))
 
@@ -114,16 +116,16 @@ def plain_trie_log_probs(
     return torch.stack(log_probs), torch.stack(entropies)
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("how", HOW)
 def test_old_log_probs_are_what_rollouts_were_drawn_with(
-    found: dict[tuple[bool, bool], list[Any]],
+    found: dict[tuple[str, bool], list[Any]],
     rows: list[dict[str, torch.Tensor]],
     tokenizer_folder: Path,
-    packed: bool,
+    how: str,
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(tokenizer_folder / "model", dtype=torch.float32)
     catalogue = Catalogue.load(tokenizer_folder)
-    log_probs, entropies, _ = found[packed, True]
+    log_probs, entropies, _ = found[how, True]
     for place, row in enumerate(rows):
         with torch.no_grad():
             plain = (model(input_ids=row["input_ids"][None]).logits[0] / TEMPERATURE).log_softmax(-1)
@@ -131,6 +133,8 @@ def test_old_log_probs_are_what_rollouts_were_drawn_with(
         full = plain[:-1].gather(1, row["input_ids"][1:, None])[:, 0]
         assert len(full) == len(log_probs[place]) - 1
         answer = slice(len(row["prompts"]) - 1, None)
+        if how == "shared":  # 0 where nothing is predicted
+            full = torch.cat([torch.zeros(answer.start), full[answer]])
         if place >= PADDING:
             torch.testing.assert_close(log_probs[place][:-1], full, atol=1e-5, rtol=0)
             continue
@@ -147,12 +151,12 @@ def test_old_log_probs_are_what_rollouts_were_drawn_with(
             )
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("how", HOW)
 def test_gradient_is_autograds_of_the_masked_policy(
-    found: dict[tuple[bool, bool], list[Any]],
+    found: dict[tuple[str, bool], list[Any]],
     rows: list[dict[str, torch.Tensor]],
     tokenizer_folder: Path,
-    packed: bool,
+    how: str,
 ) -> None:
     """The clipped loss, mean over the tokens of the answers; the ratio is 1 but for the anchor's."""
     model = AutoModelForCausalLM.from_pretrained(tokenizer_folder / "model", dtype=torch.float32)
@@ -164,20 +168,20 @@ def test_gradient_is_autograds_of_the_masked_policy(
         losses.append(-torch.minimum(ratio * weight, ratio.clamp(0.8, 1.2) * weight))
     grads = torch.autograd.grad(torch.cat(losses).mean(), list(model.parameters()))
     expected = torch.cat([grad.flatten() for grad in grads])
-    (gradient,) = found[packed, False]
+    (gradient,) = found[how, False]
     assert expected.norm() > 1e-3
     assert (gradient - expected).norm() < 2e-5 * expected.norm()
 
 
 def test_two_sharded_ranks_have_the_gradient_of_one(
-    found: dict[tuple[bool, bool], list[Any]],
+    found: dict[tuple[str, bool], list[Any]],
     rows: list[dict[str, torch.Tensor]],
     tokenizer_folder: Path,
     tmp_path: Path,
 ) -> None:
-    shared = case(rows, tokenizer_folder, packed=False, infer=False, ranks=2)
+    shared = case(rows, tokenizer_folder, how="padded", infer=False, ranks=2)
     ((gradient,),) = gradients([shared], 2, tokenizer_folder / "model", tmp_path)
-    (alone,) = found[False, False]
+    (alone,) = found["padded", False]
     assert (gradient - alone).norm() < 2e-5 * alone.norm()
 
 

@@ -53,6 +53,10 @@ def found(step: Step, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathF
                 each["extra"]["max_token_len_per_gpu"] = 60
         out = gradients(list(made.values()), ranks, tokenizer_folder / "model", folder)
         answers |= dict(zip(made, out, strict=True))
+        for kind in groups:
+            answers[ranks, True, kind, "answers"] = made[ranks, True, kind, "log_probs"]["columns"][
+                "responses"
+            ]
     return answers
 
 
@@ -73,12 +77,14 @@ def test_gradients_are_those_of_rows_read_alone(
 def test_log_probs_and_entropies_are_those_of_rows_read_alone(found: Found, step: Step, kind: str) -> None:
     *alone, read_alone = found[1, False, kind, "log_probs"]
     *shared, read_shared = found[1, True, kind, "log_probs"]
+    sizes = [len(row) for row in found[1, True, kind, "answers"]]
     for one, other in zip(alone, shared, strict=True):
-        for row_alone, row_shared in zip(one, other, strict=True):
+        for size, row_alone, row_shared in zip(sizes, one, other, strict=True):
             assert len(row_alone) == len(row_shared)
-            answer = row_shared != 0
-            assert 1 <= int(answer.sum()) <= 7  # the last of the prompt and the answer but for its end: 6 + 1
-            torch.testing.assert_close(row_shared[answer][:-1], row_alone[answer][:-1], rtol=0, atol=1e-5)
+            # From the last of the prompt on; what follows the answer's last token is nobody's.
+            answer = slice(len(row_alone) - size - 1, -1)
+            torch.testing.assert_close(row_shared[answer], row_alone[answer], rtol=0, atol=1e-5)
+            assert (row_alone[answer] != 0).all() and not row_shared[: answer.start].any()
     assert int(read_shared.sum()) < int(read_alone.sum())
 
 

@@ -30,7 +30,9 @@ pytestmark = [pytest.mark.verl, pytest.mark.xdist_group("jobs")]
 def distinct_job(workspace: Path) -> Job:
     """Whole groups of distinct items that the user did not have; stock trainer, each prompt read once."""
     options = ("rl.sampling=without-replacement", "rl.exclude_history=true", "rl.share_prompt=true")
-    return succeed(train(workspace, "distinct", "method.name=grpo", *options))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RECAST_MEASURE", str(workspace / "distinct-measured.jsonl"))
+        return succeed(train(workspace, "distinct", "method.name=grpo", *options))
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,11 @@ def test_rollouts_of_each_step_come_from_the_newest_weights(
         assert seen.total() == PROMPTS * GROUP
         assert seen == redrawn(tokenizer_folder, distinct_job, step, weights)
     assert seen != redrawn(tokenizer_folder, distinct_job, 2, start)  # or old weights would pass too
+    lines = (workspace / "distinct-measured.jsonl").read_text(encoding="utf-8").splitlines()
+    calls = [call for call in map(json.loads, lines) if call["phase"] != "optimizer"]
+    assert len(calls) == 3 * STEPS
+    for call in calls:  # of a group of four the prompt is read once, of rows alone every token has logits
+        assert call["rows"] == PROMPTS * GROUP and call["read_tokens"] == 4 * PROMPTS * GROUP < call["tokens"]
     for found in distinct_job.metrics:  # what the server said of them is what the actor says
         assert found["training/rollout_probs_diff_max"] < 1e-5
 
