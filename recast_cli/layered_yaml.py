@@ -10,7 +10,9 @@ from typing import Any
 import yaml
 
 from recast_cli.errors import RecipeError
+from recast_cli.nested import dotted
 
+VERL = ("verl", "verl_sft")  # sections of verl's own keys, which have dots
 _COMMENT = re.compile(r"\s#")
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
@@ -56,6 +58,9 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise RecipeError(f"recipe {path} holds a {type(content).__name__}, needed a mapping", "see recipes/")
     parent = content.pop("extends", None)
+    for name in VERL:  # or a nested key of one layer and a dotted one of another would both stand
+        if isinstance(content.get(name), dict):
+            content[name] = dotted(content[name])
     return (
         content
         if parent is None
@@ -76,8 +81,10 @@ def _override(text: str) -> dict[str, Any]:
     if _EXPONENT.fullmatch(value.strip()):  # YAML 1.1 reads 1e-3 as text
         nested = float(value)
     parts = key.strip().split(".")
-    if parts[0] in ("verl", "verl_sft") and len(parts) > 1:  # verl's own keys have dots
-        return {parts[0]: {".".join(parts[1:]): nested}}
+    if parts[0] in VERL and len(parts) > 1:
+        return {parts[0]: dotted({".".join(parts[1:]): nested})}
+    if parts[0] in VERL and isinstance(nested, dict):
+        nested = dotted(nested)
     for part in reversed(parts):
         nested = {part: nested}
     return nested

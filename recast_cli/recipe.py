@@ -7,7 +7,6 @@ reported at once; unknown keys are errors.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,6 +23,7 @@ from pydantic import (
 
 from recast_cli.errors import RecipeError
 from recast_cli.layered_yaml import read_layers
+from recast_cli.nested import dotted, flat
 
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, le=1)]
@@ -214,13 +214,8 @@ class Recipe(Section):
 
     @field_validator("verl", "verl_sft")
     @classmethod
-    def _dotted(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Sections written as YAML nests them, key by key, as verl's command line has them."""
-        dotted: dict[str, Any] = {}
-        for key, value in values.items():
-            nests = isinstance(value, dict) and value and key.isidentifier()  # `+a.b: {...}` adds a mapping
-            dotted |= dict(flat({key: value})) if nests else {key: value}
-        return dotted
+    def _as_overrides(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return dotted(values)
 
     @model_validator(mode="after")
     def _bounded(self) -> Recipe:
@@ -288,33 +283,14 @@ class Recipe(Section):
 SECTIONS: dict[str, type[BaseModel]] = {"warm_start": WarmStart, "rl": RL, "method": Method}
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of every leaf of a nested mapping."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def differences(found: dict[str, Any], wanted: dict[str, Any], most: int = 3) -> str:
-    """Which keys of two nested mappings differ, and how, in one line."""
-    there, here = dict(flat(found)), dict(flat(wanted))
-    names = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
-    shown = [f"{name} is {there.get(name)} there, {here.get(name)} here" for name in names[:most]]
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(shown) or "a key that this version does not know") + more
-
-
 def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
     """Read, merge and validate a recipe.
 
     Raises:
         RecipeError: listing every violation, each with its field, the value found and the value needed.
     """
-    content = read_layers(Path(path), overrides)
     try:
-        return Recipe.model_validate(content)
+        return Recipe.model_validate(read_layers(Path(path), overrides))
     except RecursionError:
         raise RecipeError(f"{path} holds a mapping that holds itself", "write it without an alias") from None
     except ValidationError as exc:

@@ -169,6 +169,21 @@ def test_sections_of_verl_may_be_nested(write) -> None:
     loaded = load_recipe(write(text), ["verl.data.seed=4"])
     dotted = {"data.max_prompt_length": 77, "data.a.b": 1, "data.seed": 4}
     assert loaded.verl == {**dotted, "+trainer.c": {"d": 2}, "trainer.e": 3}
+    # an empty mapping is a value, and what a section adds is an addition
+    text = MINIMAL + "verl: {trainer: {kwargs: {}, +x: {y: 1}}}\n"
+    assert load_recipe(write(text)).verl == {"trainer.kwargs": {}, "+trainer.x.y": 1}
+
+
+def test_the_last_layer_counts_however_it_is_written(write, tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(MINIMAL + "verl: {trainer.project_name: a, data.seed: 1}\n")
+    child = write("extends: base.yaml\nverl: {trainer: {project_name: b}}\n")
+    assert load_recipe(child).verl == {"trainer.project_name": "b", "data.seed": 1}
+    for override in (
+        "verl.trainer.project_name=c",
+        "verl.trainer={project_name: c}",
+        "verl={trainer: {project_name: c}}",
+    ):
+        assert load_recipe(child, [override]).verl == {"trainer.project_name": "c", "data.seed": 1}
 
 
 @pytest.mark.parametrize(

@@ -112,13 +112,16 @@ def configuration(arguments: list[str]) -> Any:
 
 
 class ActorAlone:
-    """The two workers of a job, and the calls that its trainer makes of them in a step."""
+    """The workers of a job, and the calls that its trainer makes of them in a step."""
 
     def __init__(self, config: Any) -> None:
         self.config = config.actor_rollout_ref
-        self.actor, self.ref = (ActorRolloutRefWorker(self.config, role) for role in ("actor", "ref"))
-        for worker in (self.ref, self.actor):
-            worker.init_model()
+        self.actor = ActorRolloutRefWorker(self.config, "actor")
+        self.actor.init_model()
+        self.ref = None
+        if self.config.actor.use_kl_loss:  # else a job has no reference
+            self.ref = ActorRolloutRefWorker(self.config, "ref")
+            self.ref.init_model()
 
     def step(self, columns: dict[str, list[torch.Tensor]], max_tokens: int | None = None) -> dict[str, float]:
         """Old log-probs, reference log-probs and update of one batch: wall and processor seconds of each.
@@ -146,8 +149,9 @@ class ActorAlone:
         mask = data["response_mask"]
         found = timed("old_log_prob", self.actor.compute_log_prob, calculate_entropy=True)
         data["old_log_probs"] = response_from_nested(found["log_probs"], mask)
-        found = timed("ref_log_prob", self.ref.compute_ref_log_prob, calculate_entropy=False)
-        data["ref_log_prob"] = response_from_nested(found["log_probs"], mask)
+        if self.ref is not None:
+            found = timed("ref_log_prob", self.ref.compute_ref_log_prob, calculate_entropy=False)
+            data["ref_log_prob"] = response_from_nested(found["log_probs"], mask)
         actor, size = self.config.actor, len(data) * torch.distributed.get_world_size()
         timed(
             "actor_update",

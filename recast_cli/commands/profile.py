@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from recast_cli.errors import ArtifactError
+from recast_cli.errors import ArtifactError, RecipeError
 
 if TYPE_CHECKING:
     from recast_cli.profiling.profile import Launch
@@ -26,7 +26,9 @@ def profile(
         typer.Option(help="Hugging Face folder. Default: the recipe's model, its warm start, or untrained."),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, max=10_000, help="Timed steps of each job.")] = 5,
-    repeats: Annotated[int, typer.Option(min=1, max=1000, help="Fresh processes of each arm.")] = 2,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Fresh processes of each arm. Default: 2.")
+    ] = None,
     prompts: Annotated[int | None, typer.Option(min=1, help="B. Default: the recipe's.")] = None,
     group_size: Annotated[int | None, typer.Option(min=2, help="G. Default: the recipe's.")] = None,
     sweep: Annotated[
@@ -60,6 +62,7 @@ def profile(
     import dataclasses
     import json
 
+    from recast_cli.commands._profile_sweep import run_sweep
     from recast_cli.console import note, print_json, progress
     from recast_cli.models import require_start
     from recast_cli.outputs import refuse_inside
@@ -67,7 +70,6 @@ def profile(
     from recast_cli.profiling.folder import new_folder
     from recast_cli.profiling.peak import matmul_peak
     from recast_cli.profiling.plot import plot
-    from recast_cli.profiling.run_sweep import run_sweep
     from recast_cli.provenance import versions
     from recast_cli.recipe import load_recipe
     from recast_cli.training import placement
@@ -91,6 +93,9 @@ def profile(
     for method in stage.ARMS.values():
         require_config(RL_MODULE, _arguments(settings, inputs, start, method, out, {}))
     device, threads = placement.resolve_device(settings), placement.num_threads(settings)
+    if sweep and repeats:
+        raise RecipeError("--repeats is no option of --sweep, whose arms are one process each", "use --steps")
+    repeats = repeats or 2
     if sweep:
         run_sweep(settings, inputs, start, sweep, out, steps, json_output=json_output)
         return

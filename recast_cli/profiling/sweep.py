@@ -96,7 +96,7 @@ def parse_points(texts: Sequence[str], default: Point) -> list[Point]:
             found = f"--sweep {name} comes twice" if name in axes else f"--sweep {name or text!r} is unknown"
             raise RecipeError(f"{found}, needed one of {', '.join(names)}, each once", "--sweep batch=4,8")
         try:
-            axes[name] = [int(value) for value in values.split(",")]
+            axes[name] = list(dict.fromkeys(int(value) for value in values.split(",")))
         except ValueError as exc:
             raise RecipeError(
                 f"--sweep {text} has a value that is no whole number", f"--sweep {name}=8,16"
@@ -160,11 +160,10 @@ def run_point(
     """One row of the result for each arm.
 
     Args:
-        folder: New; keeps rollouts, logs and measurements.
+        folder: There already; keeps rollouts, logs and measurements.
         steps: Timed steps of an arm.
         peak_flops: Operations per second that make a utilisation of 1.
     """
-    folder.mkdir(parents=True)
     write_rollouts(point, codes, seed, folder / "rollouts.npz")
     rows = []
     for name, arm in ARMS.items():
@@ -185,12 +184,13 @@ def _cost(
     records: list[dict[str, Any]], measured: Path, work: Work, shape: ModelShape, peak_flops: float
 ) -> dict[str, Any]:
     timed = records[WARM_UP:-MEMORY]
+    phases = [phase for phase in PHASES if f"{phase}_s" in timed[0]]
     flops = {
-        phase: (train_flops if phase == "actor_update" else forward_flops)(shape, work) for phase in PHASES
+        phase: (train_flops if phase == "actor_update" else forward_flops)(shape, work) for phase in phases
     }
     memory = {phase: calls[-1] for phase, calls in worker_calls(read_json_lines(measured)).items()}
-    found: dict[str, Any] = {}
-    for phase in PHASES:
+    found: dict[str, Any] = {"ref_log_prob_s": None}  # without a KL term there is none
+    for phase in phases:
         for kind in ("s", "cpu_s"):
             values = [record[f"{phase}_{kind}"] for record in timed]
             found[f"{phase}_{kind}"] = statistics.median(values)
@@ -199,7 +199,7 @@ def _cost(
         found[f"{phase}_mfu"] = flops[phase] / found[f"{phase}_s"] / peak_flops
     return {
         **found,
-        "peak_memory_bytes": max(memory[phase]["peak_bytes"] for phase in PHASES),
+        "peak_memory_bytes": max(memory[phase]["peak_bytes"] for phase in phases),
         "resident_bytes": memory["actor_update"]["resident_bytes"],
         "tokens": work.tokens,
         "flops": sum(flops.values()),

@@ -18,13 +18,19 @@ LABELS = {
     "recast": "ReCast",
     "recast_shared": "ReCast, shared prompts",
 }
+SECONDS = {"cpu_s": "processor s", "s": "s"}
 MIB = 1 << 20
 SHOWN = ("cpu", "cores", "device", "threads", "compared", "timed_steps")  # of the setting, on the page
 
 
-def total(row: dict[str, Any], kind: str = "cpu_s") -> float:
-    """Seconds of the three phases."""
-    return float(sum(row[f"{phase}_{kind}"] for phase in PHASES))
+def phases_of(row: dict[str, Any]) -> list[str]:
+    """Those that were measured."""
+    return [phase for phase in PHASES if row[f"{phase}_s"] is not None]
+
+
+def total(row: dict[str, Any], kind: str) -> float:
+    """Seconds of all phases."""
+    return float(sum(row[f"{phase}_{kind}"] for phase in phases_of(row)))
 
 
 def with_ratios(rows: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
@@ -37,14 +43,14 @@ def with_ratios(rows: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any
     found = []
     for row in rows:
         base = stock[_point(row)]
-        ratio = {phase: base[f"{phase}_{kind}"] / row[f"{phase}_{kind}"] for phase in PHASES}
+        ratio = {phase: base[f"{phase}_{kind}"] / row[f"{phase}_{kind}"] for phase in phases_of(row)}
         ratio |= {
             "all": total(base, kind) / total(row, kind),
             "flops": base["flops"] / row["flops"],
             "tokens": base["tokens"] / row["tokens"],
             "peak_memory": base["peak_memory_bytes"] / row["peak_memory_bytes"],
         }
-        found.append({**row, "ratio": ratio})
+        found.append({**row, "compared": kind, "ratio": ratio})
     return found
 
 
@@ -127,8 +133,9 @@ def _ratios(axes: Any, rows: Sequence[dict[str, Any]], across: str) -> None:
 
 def _seconds(axes: Any, rows: Sequence[dict[str, Any]], across: str) -> None:
     for arm, places, mine in _lines(rows, across):
-        axes.plot(places, [total(row, "s") for row in mine], "o-", color=COLOURS[arm], label=LABELS[arm])
-    _axes(axes, across, places, "seconds of a step, three phases")
+        values = [total(row, row["compared"]) for row in mine]
+        axes.plot(places, values, "o-", color=COLOURS[arm], label=LABELS[arm])
+    _axes(axes, across, places, f"{SECONDS[rows[0]['compared']]} of a step, all phases")
 
 
 def _memory(axes: Any, rows: Sequence[dict[str, Any]], across: str) -> None:
@@ -140,10 +147,11 @@ def _memory(axes: Any, rows: Sequence[dict[str, Any]], across: str) -> None:
 def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
     """Headers and cells, for a terminal or a page."""
     axes = [axis for axis in AXES if any(row[axis] is not None for row in rows)]
+    kind, phases = rows[0]["compared"], phases_of(rows[0])
     headers = [
         *(axis.replace("_", " ") for axis in axes),
         "arm",
-        *(f"{phase.replace('_', ' ')}, s" for phase in PHASES),
+        *(f"{phase.replace('_', ' ')}, {SECONDS[kind]}" for phase in phases),
         "stock/arm",
         "operations",
         "tokens",
@@ -153,7 +161,7 @@ def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
         [
             *(row[axis] for axis in axes),
             LABELS[row["arm"]],
-            *(f"{row[f'{phase}_s']:.3f}" for phase in PHASES),
+            *(f"{row[f'{phase}_{kind}']:.3f}" for phase in phases),
             f"{row['ratio']['all']:.1f}x",
             f"{row['ratio']['flops']:.1f}x",
             f"{row['tokens']:,}",
@@ -180,7 +188,7 @@ def page(result: dict[str, Any], picture: Path) -> str:
         "td,th{padding:.25em .7em;text-align:right;border-bottom:1px solid #e5e8eb}</style>"
         "<h1>What the actor costs, point by point</h1>"
         f"<p>{html.escape(setting)}. One worker alone: no queue, no trainer. Seconds are medians of timed "
-        "steps; stock/arm is over the three phases; operations is the ratio that the count predicts.</p>"
+        "steps; stock/arm is over all phases; operations is the ratio that the count predicts.</p>"
         f'<img alt="ratios, seconds and memory over the sweep" src="data:image/png;base64,{image}">'
         f"<table><tr>{head}</tr>{body}</table>\n"
     )

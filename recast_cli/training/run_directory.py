@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from recast_cli.artifacts import load_manifest, weights_sha256
 from recast_cli.errors import ArtifactError, EnvironmentFault
-from recast_cli.recipe import Recipe, differences
+from recast_cli.nested import differences
+from recast_cli.recipe import Recipe
 from recast_cli.training import warm_start
 from recast_cli.training.inputs import Inputs
 from recast_cli.training.process import hf_checkpoints, read_metrics
@@ -110,8 +111,10 @@ def _require_same(
 ) -> None:
     """Refuse a run in `out` of another recipe, parents or start model."""
     hint = "pass --overwrite or choose another out="
-    if not _is_recipe(facts["recipe"], recipe):
-        changed = differences(facts["recipe"], recipe.model_dump())
+    found = _as_read_now(facts["recipe"])
+    if found != recipe:
+        there = facts["recipe"] if found is None else found.model_dump()
+        changed = differences(there, recipe.model_dump())
         raise ArtifactError(f"{out} holds a run of another recipe: {changed}", hint)
     other = [name for name, found in inputs.parents.items() if parents.get(name) != found]
     if other:
@@ -124,12 +127,12 @@ def _require_same(
         )
 
 
-def _is_recipe(found: dict[str, Any], recipe: Recipe) -> bool:
-    """Whether a run's recipe is this one; keys that it does not know yet had their defaults."""
+def _as_read_now(found: dict[str, Any]) -> Recipe | None:
+    """A run's recipe, keys that it did not know yet at their defaults; None if it has keys that are gone."""
     try:
-        return Recipe.model_validate(found) == recipe
+        return Recipe.model_validate(found)
     except ValidationError:
-        return False
+        return None
 
 
 # What a run writes into its directory; the marker of a run comes last.

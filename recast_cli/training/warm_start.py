@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 
 from recast_cli.artifacts import is_artifact, load_manifest, write_manifest
 from recast_cli.errors import ArtifactError, DataError
+from recast_cli.nested import differences, dotted
 from recast_cli.outputs import atomic_dir
 from recast_cli.provenance import versions
-from recast_cli.recipe import Recipe, differences
+from recast_cli.recipe import Recipe
 from recast_cli.training import placement, verl_args
 from recast_cli.training.inputs import Inputs
 from recast_cli.training.process import OnStep, hf_checkpoints, require_space, run_verl
@@ -43,8 +44,10 @@ def find(recipe: Recipe, inputs: Inputs) -> dict[str, Any] | None:
         return None
     manifest = load_manifest(folder, "warm-start")
     wanted = {**facts(recipe), "parents": inputs.parents}
-    if any(manifest.get(key) != value for key, value in wanted.items()):
-        changed = differences({key: manifest.get(key) for key in wanted}, wanted)
+    found = {key: manifest.get(key) for key in wanted}
+    found["verl_sft"] = dotted(found["verl_sft"] or {})  # an older version kept sections nested
+    if found != wanted:
+        changed = differences(found, wanted)
         raise ArtifactError(
             f"{folder} holds a warm start of other data or settings: {changed}",
             "choose another warm_start.out, or make it anew: --overwrite with a recipe of method sft",

@@ -43,6 +43,10 @@ def test_weights_that_cannot_be_read_leave_no_folder(workspace: Path, tmp_path: 
         (["--group-size", "99999999999"], "rl.prompts_per_step times rl.group_size is"),
         (["--sweep", "prompt_length=4094"], "asks for 4097 tokens with the answer, the model reads 4096"),
         (["--sweep", "batch=x"], "--sweep batch=x has a value that is no whole number"),
+        (["--sweep", "batch=2", "rl.masked_actor=true"], "rl.masked_actor is true, needed false"),
+        (["--sweep", "group_size=99999999999"], "needed at most 1,000,000,000"),
+        (["--sweep", "batch=2", "--repeats", "3"], "--repeats is no option of --sweep"),
+        (["--sweep", "layers=1", "--sweep", "prompt_length=4094"], "asks for 4097 tokens with the answer"),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_is_written(

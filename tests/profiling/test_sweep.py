@@ -18,6 +18,7 @@ DEFAULT = Point(prompt_length=10, group_size=4, batch=2)
 
 def test_every_combination_the_last_name_fastest() -> None:
     points = parse_points(["prompt_length=64,256", "batch=1,3"], DEFAULT)
+    assert points == parse_points(["prompt_length=64,256,64", "batch=1,3,3"], DEFAULT)
     assert [(p.prompt_length, p.batch) for p in points] == [(64, 1), (64, 3), (256, 1), (256, 3)]
     assert {(p.group_size, p.hidden_size, p.layers) for p in points} == {(4, None, None)}
 
@@ -76,7 +77,8 @@ def test_four_arms_of_a_real_worker(workspace: Path) -> None:
     rows = {row["arm"]: row for row in json.loads(done.stdout)}
     assert list(rows) == list(ARMS)
     for name, row in rows.items():
-        assert (row["prompt_length"], row["group_size"], row["batch"], row["layers"]) == (240, 4, 3, 1)
+        assert (row["prompt_length"], row["group_size"], row["batch"]) == (240, 4, 3)
+        assert (row["hidden_size"], row["layers"]) == (64, 1)  # as wide as the model that is there
         lines = (workspace / "sweep" / "jobs" / "point-1" / name / "measured.jsonl").read_text().splitlines()
         calls = [json.loads(line) for line in lines]
         work = Point(240, 4, 3).work(ARMS[name], 3)

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from recast_cli.profiling.sweep import Arm, Launch, Point
     from recast_cli.recipe import Recipe
     from recast_cli.training.inputs import Inputs
+    from recast_cli.vocabulary import Vocabulary
 
 ACTOR_ALONE = "verl_recast.actor_alone"
+MOST_TOKENS = 10**9  # of a batch of rows read alone
 
 
 def run_sweep(
@@ -47,12 +49,14 @@ def run_sweep(
     from recast_cli.training import placement
 
     default = Point(inputs.prompt_length, settings.rl.group_size, settings.rl.prompts_per_step)
-    points = parse_points(texts, default)
-    _require_positions(points, model, inputs.num_levels)
+    points = _sized(parse_points(texts, default), model)
+    _require_runnable(points, settings, model, inputs.num_levels)
     device, threads = placement.resolve_device(settings), placement.num_threads(settings)
     compared = "cpu_s" if device == "cpu" else "s"
     with new_folder(out / "jobs"):
         pass  # what the processes are told holds the folder's name: they start when it is in its place
+    for name in ("sweep.json", "sweep.png", "sweep.html"):  # of an earlier sweep, whose jobs are gone
+        (out / name).unlink(missing_ok=True)
     rows = report.with_ratios(
         _measure(settings, inputs, model, points, (out / "jobs").resolve(), steps), compared
     )
@@ -79,15 +83,56 @@ def run_sweep(
     note(f"wrote {out / 'sweep.json'}, {out / 'sweep.png'} and {out / 'sweep.html'}")
 
 
-def _require_positions(points: Sequence[Point], model: Path, num_levels: int) -> None:
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    most = config.get("max_position_embeddings")
-    longest = max(point.prompt_length for point in points) + num_levels
-    if most is not None and longest > most:
+def _config(model: Path) -> dict[str, Any]:
+    return dict(json.loads((model / "config.json").read_text(encoding="utf-8")))
+
+
+def _sized(points: Sequence[Point], model: Path) -> list[Point]:
+    """A point that names one size of the model has the other one of the model as it is."""
+    from dataclasses import replace
+
+    config = _config(model)
+    sizes = {"hidden_size": config.get("hidden_size"), "layers": config.get("num_hidden_layers")}
+    found = []
+    for point in points:
+        named = {name: getattr(point, name) for name in sizes if getattr(point, name) is not None}
+        found.append(replace(point, **{**sizes, **named}) if named else point)
+    return found
+
+
+def _require_runnable(points: Sequence[Point], settings: Recipe, model: Path, num_levels: int) -> None:
+    """Refuse, before anything is measured, a point that no worker could run.
+
+    Raises:
+        RecipeError: naming the point's field, the value found and the value needed.
+    """
+    from recast_cli.tokenizer.model import MAX_POSITIONS
+
+    if settings.rl.masked_actor:
         raise RecipeError(
-            f"--sweep prompt_length asks for {longest} tokens with the answer, the model reads {most}",
-            f"--sweep prompt_length={most - num_levels} at most",
+            "rl.masked_actor is true, needed false: the answers of a sweep are random codes, no items",
+            "profile without --sweep",
         )
+    own = _config(model).get("max_position_embeddings")
+    for point in points:
+        most = own if point.layers is None else MAX_POSITIONS
+        longest = point.prompt_length + num_levels
+        if most is not None and longest > most:
+            raise RecipeError(
+                f"--sweep prompt_length asks for {longest} tokens with the answer, the model reads {most}",
+                f"--sweep prompt_length={most - num_levels} at most",
+            )
+        if point.batch % settings.num_gpus:
+            raise RecipeError(
+                f"--sweep batch holds {point.batch}, needed a multiple of num_gpus {settings.num_gpus}",
+                "choose another",
+            )
+        tokens = point.batch * point.group_size * longest
+        if tokens > MOST_TOKENS:
+            raise RecipeError(
+                f"--sweep asks for a batch of {tokens:,} tokens, needed at most {MOST_TOKENS:,}",
+                "lower batch, group_size or prompt_length",
+            )
 
 
 def _measure(
@@ -102,20 +147,21 @@ def _measure(
     from recast_cli.vocabulary import Vocabulary
 
     known = Vocabulary.load(inputs.tokenizer / "vocabulary.json")
-    codes = sweep.Codes(known.level_offsets, known.codebook_sizes)
     peak_flops = matmul_peak(placement.resolve_device(settings), placement.num_threads(settings))
     total = len(points) * len(sweep.ARMS) * (sweep.WARM_UP + steps + sweep.MEMORY)
     rows = []
     with progress("sweep", total) as advance:
         for number, point in enumerate(points):
-            chosen = _model(point, model, known.codebook_sizes, folder / "models", settings.seed)
-            config = json.loads((chosen / "config.json").read_text(encoding="utf-8"))
+            place = folder / f"point-{number + 1}"
+            place.mkdir()
+            chosen, vocabulary = _model(point, model, known, place / "model", settings.seed)
+            codes = sweep.Codes(vocabulary.level_offsets, vocabulary.codebook_sizes)
             rows += sweep.run_point(
                 point,
                 codes,
-                ModelShape.from_config(config),
+                ModelShape.from_config(_config(chosen)),
                 _launcher(settings, chosen, codes.num_levels, lambda _: advance(1)),
-                folder / f"point-{number + 1}",
+                place,
                 steps=steps,
                 seed=settings.seed,
                 peak_flops=peak_flops * settings.num_gpus,
@@ -123,20 +169,23 @@ def _measure(
     return rows
 
 
-def _model(point: Point, model: Path, codebook_sizes: Sequence[int], folder: Path, seed: int) -> Path:
-    """The model as it is, or one from scratch with the point's sizes and the same codes."""
+def _model(point: Point, model: Path, known: Vocabulary, folder: Path, seed: int) -> tuple[Path, Vocabulary]:
+    """The model as it is, or one from scratch with the point's sizes and as many codes; its vocabulary."""
     from recast_cli.data.prompts import CHAT_TEMPLATE
     from recast_cli.tokenizer.model import write_scratch_model
 
-    if point.hidden_size is None and point.layers is None:
-        return model
-    sizes = {"hidden_size": point.hidden_size, "num_layers": point.layers}
-    given = {name: size for name, size in sizes.items() if size is not None}
-    made = folder / "-".join(f"{name}-{size}" for name, size in given.items())
-    if not made.exists():
-        made.mkdir(parents=True)
-        write_scratch_model(made, codebook_sizes, chat_template=CHAT_TEMPLATE, seed=seed, **given)
-    return made
+    if point.hidden_size is None or point.layers is None:
+        return model, known
+    folder.mkdir()
+    facts = write_scratch_model(
+        folder,
+        known.codebook_sizes,
+        chat_template=CHAT_TEMPLATE,
+        seed=seed,
+        hidden_size=point.hidden_size,
+        num_layers=point.layers,
+    )
+    return folder, facts.vocabulary
 
 
 def _launcher(settings: Recipe, model: Path, num_levels: int, on_step: Callable[[Any], None]) -> Launch:
