@@ -159,9 +159,6 @@ def _check_lora(worker: Any, device: str | None) -> None:
         return
     needed = "0 on the CPU platform (one rank is not wrapped, and verl merges adapters of FSDP modules only)"
     _require(device != "cpu", "model.lora_rank", rank, needed)
-    rollout = worker.rollout
-    searches = rollout.val_kwargs.temperature == 0 or (rollout.get("custom") or {}).get("sampling") == "beam"
-    if rollout.get("name") == ROLLOUT_NAME or (rollout.get("name") == VLLM_ROLLOUT_NAME and searches):
-        merged = bool(lora.get("merge", False))
-        needed = f"True ({rollout.name} takes whole weights, no adapters)"
-        _require(merged, "model.lora.merge", merged, needed)
+    name = worker.rollout.get("name")
+    needed = f"0 ({name} takes whole weights, and verl's merging of adapters was never run with it)"
+    _require(name not in ENGINES, "model.lora_rank", rank, needed)

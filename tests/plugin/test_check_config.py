@@ -85,9 +85,8 @@ def test_a_masked_actor_needs_the_catalogue_and_whole_logits() -> None:
         check_config(config(custom, engine, sequence))
 
 
-def test_accepts_an_engine_that_merges_its_adapters_and_answers_of_one_length() -> None:
+def test_accepts_adapters_with_an_engine_of_verls_own_and_answers_of_one_length() -> None:
     lora = "actor_rollout_ref.model.lora_rank=8"
-    check_config(config(*SID_ENGINE, lora, "actor_rollout_ref.model.lora.merge=True"))
     check_config(config(lora))
     norm = "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum-norm"
     check_config(config(norm, *SID_ENGINE))
@@ -217,7 +216,7 @@ def test_refuses_by_name_with_the_value_found_and_the_value_needed(override: str
         ),
         (
             (*SID_ENGINE, "actor_rollout_ref.model.lora_rank=8"),
-            "model.lora.merge is False, needs True (recast_sid takes whole weights, no adapters)",
+            "model.lora_rank is 8, needs 0 (recast_sid takes whole weights, and verl's merging of adapters",
         ),
     ],
 )

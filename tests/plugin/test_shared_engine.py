@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from test_loss_equality import GROUP, KL_AND_ENTROPY, PROMPTS, Step, case, gradients, make_step
+from transformers import Lfm2Config, Lfm2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from verl.utils import tensordict_utils as tu
+from verl.workers.engine.fsdp import transformer_impl
 
 from verl_recast.actor_options import extend_workers
+from verl_recast.shared_engine import share_engine
 from verl_recast.shared_prompts import OPTION
 
 WHOLE, PAIRS = "whole", "pairs"
@@ -125,3 +130,50 @@ def test_a_worker_that_asks_is_checked_and_both_its_engines_change() -> None:
     worker = Worker()
     worker.init_model()
     assert seen == [worker.config, (worker.config, "actor"), (worker.config, "ref")]
+
+
+def test_layers_that_are_no_full_attention_are_refused() -> None:
+    """A convolution, a recurrence or a window reads the packed rows as one text, without an error."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = Lfm2ForCausalLM(
+        Lfm2Config(**sizes, vocab_size=20, num_hidden_layers=2, layer_types=["conv", "full_attention"])
+    )
+    with pytest.raises(ValueError, match="layers of kind 'conv'; share_prompt needs full attention in all"):
+        share_engine(SimpleNamespace(module=model))
+
+
+def test_a_layer_that_asks_for_no_attention_is_told(step: Step) -> None:
+    """Of a kind that no config names: one of two layers passes its input on."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = Qwen3ForCausalLM(Qwen3Config(**sizes, vocab_size=40, num_hidden_layers=2, head_dim=8))
+    engine = SimpleNamespace(
+        module=model,
+        forward_backward_batch=None,
+        prepare_model_inputs=lambda _: ({}, {}),
+        prepare_model_outputs=lambda *_: {},
+    )
+    stock = transformer_impl.prepare_micro_batches
+    try:
+        share_engine(engine)
+    finally:
+        transformer_impl.prepare_micro_batches = stock
+    rows = [torch.tensor([3, 4, 5, 6, 7]), torch.tensor([3, 4, 5, 8, 9])]
+    columns = {
+        "input_ids": rows,
+        "position_ids": [torch.arange(5)] * 2,
+        "responses": [row[3:] for row in rows],
+    }
+    nested = {
+        name: torch.nested.as_nested_tensor(column, layout=torch.jagged) for name, column in columns.items()
+    }
+    batch = tu.get_tensordict(nested, {})
+    for broken in (False, True):
+        if broken:
+            model.model.layers[1].forward = lambda hidden_states, *_, **__: hidden_states
+        inputs, output_args = engine.prepare_model_inputs(batch)
+        output = model(**inputs, use_cache=False)
+        if not broken:
+            engine.prepare_model_outputs(output, output_args, batch, None)
+            continue
+        with pytest.raises(ValueError, match="1 of the model's 2 layers asked for attention, needs all"):
+            engine.prepare_model_outputs(output, output_args, batch, None)
