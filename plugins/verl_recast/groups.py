@@ -83,7 +83,9 @@ def gather_groups(
     grouped = _group_rows(batch.keys, found.index_N)
     first = [rows[0] for rows in grouped]
     targets = [found.targets[r] for r in first]
-    require_own_index([(int(found.index_N[r]), (found.prompts[r], found.targets[r])) for r in first])
+    prompts = _read_prompts(batch, first)  # one a group: they are most of what the queue holds
+    contents = [(prompt, found.targets[r]) for prompt, r in zip(prompts, first, strict=True)]
+    require_own_index(list(zip(found.index_N[first].tolist(), contents, strict=True)))
     known = [[sid for sid in sids if members is None or sid in members] for sids in targets]
     foreign_B = np.array([not sids for sids in known])
 
@@ -122,7 +124,6 @@ class _Rollouts(NamedTuple):
     rewards_N: np.ndarray
     scores_N: np.ndarray
     tokens_N: np.ndarray
-    prompts: list[list[int]]
     responses: list[list[int]]
     targets: list[list[tuple[int, ...]]]
     extra_fields: list[dict[str, Any]]
@@ -132,7 +133,7 @@ class _Rollouts(NamedTuple):
 def _read(batch: KVBatchMeta, *, log_probs: bool) -> _Rollouts:
     if len(batch) == 0:
         raise RuntimeError("no rollout arrived: the rollout server or agent loop failed, see its log above")
-    names = ["rm_scores", "prompts", "responses", "response_mask", "reward_model", "extra_fields", "index"]
+    names = ["rm_scores", "responses", "response_mask", "reward_model", "extra_fields", "index"]
     names += ["rollout_log_probs"] * log_probs
     data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
     extra_fields = plain(data["extra_fields"])
@@ -143,12 +144,17 @@ def _read(batch: KVBatchMeta, *, log_probs: bool) -> _Rollouts:
         rewards_N=np.array([float(scores.sum()) for scores in data["rm_scores"].unbind()]),
         scores_N=np.array([float(info["structural_score"]) for info in infos]),
         tokens_N=np.array([int(mask.sum()) for mask in data["response_mask"].unbind()]),
-        prompts=[prompt.tolist() for prompt in data["prompts"].unbind()],
         responses=[response.tolist() for response in data["responses"].unbind()],
         targets=[require_targets(entry["ground_truth"]) for entry in plain(data["reward_model"])],
         extra_fields=extra_fields,
         log_probs=[row.tolist() for row in data["rollout_log_probs"].unbind()] if log_probs else None,
     )
+
+
+def _read_prompts(batch: KVBatchMeta, rows: list[int]) -> list[list[int]]:
+    keys = [batch.keys[row] for row in rows]
+    data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=["prompts"])
+    return [prompt.tolist() for prompt in data["prompts"].unbind()]
 
 
 def _require_structural_scores(infos: Sequence[dict[str, Any]]) -> None:

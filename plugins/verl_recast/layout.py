@@ -6,7 +6,7 @@ Pure functions over row numbers; a *row* is a rollout of the step, a *group* the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -76,13 +76,3 @@ def minibatch_order(
         row for rank in range(dp_size) for rows in used for row in rows[rank * share : (rank + 1) * share]
     ]
     return order, next_padding - total
-
-
-def share_without_hit(rows_of_groups: Sequence[Sequence[int]], hits: Set[int]) -> float:
-    """Share of the groups none of whose rows is a hit.
-
-    Args:
-        rows_of_groups: Row numbers of every group.
-        hits: Row numbers with a reward above 0.
-    """
-    return sum(hits.isdisjoint(rows) for rows in rows_of_groups) / len(rows_of_groups)

@@ -32,7 +32,7 @@ from verl_recast.answers import AnswerReader
 from verl_recast.catalogue import find_catalogue
 from verl_recast.check_config import KEPT_PER_GROUP, check_config
 from verl_recast.groups import Groups, gather_groups
-from verl_recast.layout import kept_rows, minibatch_order, share_without_hit
+from verl_recast.layout import kept_rows, minibatch_order
 from verl_recast.loss_scale import count_dropped_tokens, require_one_divisor
 from verl_recast.settings import RecastSettings
 from verl_recast.validation import validation_metrics
@@ -144,16 +144,14 @@ class PPOTrainerRecast(PPOTrainerSync):
         groups.tokens_BG[repaired, places] = [tag["response_len"] for tag in tags]
 
     def _all_zero_after_repair(self, batch: KVBatchMeta, groups: Groups, selection: Selection) -> float:
-        """Share of the groups without a positive reward; the empty ones are read again after repair."""
-        empty = [rows_G[rows_G >= 0].tolist() for rows_G in groups.rows_BG[selection.all_zero_B]]
-        if not empty:
-            return 0.0
-        rows = [row for members in empty for row in members]
-        keys = [batch.keys[row] for row in rows]
-        data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=["rm_scores"])
-        scores = zip(rows, data["rm_scores"].unbind(), strict=True)
-        hits = {row for row, score in scores if float(score.sum()) > 0}
-        return share_without_hit(empty, hits) * len(empty) / len(groups.index_B)
+        """Share of the groups without a positive reward; the anchors, and nothing else, are read again."""
+        repaired = np.flatnonzero(selection.anchor_B >= 0)
+        keys = [batch.keys[row] for row in groups.rows_BG[repaired, selection.anchor_B[repaired]]]
+        hits = 0
+        if keys:
+            data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=["rm_scores"])
+            hits = sum(float(score.sum()) > 0 for score in data["rm_scores"].unbind())
+        return (int(selection.all_zero_B.sum()) - hits) / len(groups.index_B)
 
     def _keep(
         self, batch: KVBatchMeta, kept_of_group: dict[int, list[int]], num_groups: int, metrics: dict

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from recast_cli.core.contrast import select_pairs
-from verl_recast.layout import kept_rows, minibatch_order, share_without_hit
+from verl_recast.layout import kept_rows, minibatch_order
 
 
 def pairs(*groups: int) -> dict[int, int]:
@@ -110,8 +110,3 @@ def test_every_row_is_used_once_and_each_rank_gets_its_share_of_every_minibatch(
 def test_rows_that_ranks_cannot_share_are_refused() -> None:
     with pytest.raises(ValueError, match=r"has 1 prompts, which 4 .*ppo_mini_batch_size to a multiple of 4"):
         minibatch_order(pairs(0, 1), 2, 1, 2, 4)
-
-
-def test_groups_without_a_hit_are_counted() -> None:
-    assert share_without_hit([[0, 1], [2, 3], [4], [5, 6]], {1, 5, 6}) == 0.5
-    assert share_without_hit([[0, 1], [2, 3]], {0, 3}) == 0.0
