@@ -37,12 +37,17 @@ def require_plain_engine(worker: Any, option: str, checks: Iterable[Check] = ())
             raise ValueError(f"rollout.custom.{option}: actor_rollout_ref.{name} is {found}, needs {needed}")
 
 
+def places_of_engine(part: str, section: Any) -> list[tuple[str, Any]]:
+    """Name and config of both places where an option of an engine may stand."""
+    return [(part, section), (f"{part}.fsdp_config", section.get("fsdp_config") or {})]
+
+
 def _of_engine(part: str, section: Any) -> Iterator[Check]:
     """What the engine of the actor or of the reference must be."""
     strategy = section.get("strategy", "fsdp")
     yield strategy in ("fsdp", "fsdp2"), f"{part}.strategy", strategy, "fsdp or fsdp2"
     name = "ulysses_sequence_parallel_size"
-    for prefix, place in ((part, section), (f"{part}.fsdp_config", section.get("fsdp_config") or {})):
+    for prefix, place in places_of_engine(part, section):
         found = place.get(name, 1)
         yield found == 1, f"{prefix}.{name}", found, "1 (no rank has a whole answer)"
 

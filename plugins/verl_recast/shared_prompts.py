@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from verl_recast.actor_options import Check, extend_workers, require_plain_engine
+from verl_recast.actor_options import Check, extend_workers, places_of_engine, require_plain_engine
 
 OPTION = "share_prompt"
 SHARED = "recast_shared_prompts"  # set in the data of an engine that shares
@@ -22,8 +22,7 @@ def require_shareable(worker: Any) -> None:
     """
     checks: list[Check] = []
     for part in ("actor", "ref"):
-        section = worker.get(part) or {}
-        for name, place in ((part, section), (f"{part}.fsdp_config", section.get("fsdp_config") or {})):
+        for name, place in places_of_engine(part, worker.get(part) or {}):
             padded = place.get("pad_to_length", False)
             needed = "False (packed rows have no such length)"
             checks.append((not padded, f"{name}.pad_to_length", padded, needed))

@@ -136,6 +136,11 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     }
 
 
+def phase_flops(phase: str, shape: ModelShape, work: Work) -> float:
+    """Operations of a phase: the update goes backward too."""
+    return (train_flops if phase == "actor_update" else forward_flops)(shape, work)
+
+
 def arm_cost(runs: Sequence[Run], shape: ModelShape, peak_flops: float) -> dict[str, Any]:
     """Cost of one arm, the timed steps of all its repeats pooled.
 
@@ -145,10 +150,7 @@ def arm_cost(runs: Sequence[Run], shape: ModelShape, peak_flops: float) -> dict[
         peak_flops: Operations per second that make a utilisation of 1.
     """
     first = runs[0]
-    flops = {
-        phase: (train_flops if phase == "actor_update" else forward_flops)(shape, work)
-        for phase, work in first.work.items()
-    }
+    flops = {phase: phase_flops(phase, shape, work) for phase, work in first.work.items()}
 
     def pooled(name: str) -> dict[str, dict[str, float]]:
         keys = getattr(first, name)

@@ -17,12 +17,11 @@ from typing import Any
 import numpy as np
 
 from recast_cli.artifacts import read_json_lines
-from recast_cli.core.cost import ModelShape, Work, forward_flops, train_flops
+from recast_cli.core.cost import ModelShape, Work
 from recast_cli.errors import RecipeError
-from recast_cli.profiling.collect import worker_calls
+from recast_cli.profiling.collect import MEMORY, TIMERS, WARM_UP, phase_flops, worker_calls
 
-PHASES = ("old_log_prob", "ref_log_prob", "actor_update")
-WARM_UP, MEMORY = 1, 1  # steps before and after the timed ones
+PHASES = tuple(TIMERS)
 # Rows that an engine without packing reads in one call: more of them are no faster, and page faults slow
 # stock down (docs/concepts/cost.md).
 ROWS_PER_CALL = 4
@@ -185,9 +184,7 @@ def _cost(
 ) -> dict[str, Any]:
     timed = records[WARM_UP:-MEMORY]
     phases = [phase for phase in PHASES if f"{phase}_s" in timed[0]]
-    flops = {
-        phase: (train_flops if phase == "actor_update" else forward_flops)(shape, work) for phase in phases
-    }
+    flops = {phase: phase_flops(phase, shape, work) for phase in phases}
     memory = {phase: calls[-1] for phase, calls in worker_calls(read_json_lines(measured)).items()}
     found: dict[str, Any] = {"ref_log_prob_s": None}  # without a KL term there is none
     for phase in phases:

@@ -23,6 +23,8 @@ from recast_cli.probe import probe_plugin
 
 OnStep = Callable[[dict[str, Any]], None]
 
+DAMAGED = "the run is damaged: pass --overwrite or choose another out="  # hint of what cannot be read
+
 _POLL_SECONDS = 0.2
 # A line that names what went wrong, as Python, Ray ("(actor pid=1) ...") and torchrun ("[rank0]: ...")
 # print it.
@@ -51,7 +53,7 @@ def _read_from(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
     except (ValueError, KeyError, TypeError) as exc:
         raise ArtifactError(
             f"{path} holds a line that is no record of a step ({exc!r:.80})",
-            "the run is damaged: pass --overwrite or choose another out=",
+            DAMAGED,
         ) from exc
 
 

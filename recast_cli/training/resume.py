@@ -14,7 +14,7 @@ from typing import Any
 
 from recast_cli.errors import ArtifactError
 from recast_cli.outputs import atomic_text
-from recast_cli.training.process import checkpoints, read_metrics
+from recast_cli.training.process import DAMAGED, checkpoints, read_metrics
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RESUMED_METRICS = "metrics.resumed.jsonl"  # verl truncates its log when it starts
@@ -75,6 +75,6 @@ def _keep_until(log: Path, step: int) -> None:
     except (ValueError, KeyError, TypeError) as exc:
         raise ArtifactError(
             f"{log} holds a line that is no record of a batch ({exc!r:.80})",
-            "the run is damaged: pass --overwrite or choose another out=",
+            DAMAGED,
         ) from exc
     atomic_text(log, "".join(f"{line}\n" for line in kept))

@@ -18,7 +18,7 @@ from recast_cli.nested import differences
 from recast_cli.recipe import Recipe
 from recast_cli.training import warm_start
 from recast_cli.training.inputs import Inputs
-from recast_cli.training.process import hf_checkpoints, read_metrics
+from recast_cli.training.process import DAMAGED, hf_checkpoints, read_metrics
 from recast_cli.training.resume import RESUMED_METRICS, last_checkpoint
 
 
@@ -96,7 +96,7 @@ def _read_origin(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     except (ValueError, KeyError, TypeError) as exc:
         raise ArtifactError(
             f"{path} does not say what the run there began from ({exc!r:.80})",
-            "the run is damaged: pass --overwrite or choose another out=",
+            DAMAGED,
         ) from exc
     return parents, facts
 
