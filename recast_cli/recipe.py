@@ -54,6 +54,7 @@ OWN_OPTIONS = {
     "verl.actor_rollout_ref.rollout.n": "rl.group_size",
     "verl.actor_rollout_ref.model.path": "model",
     "verl.actor_rollout_ref.rollout.top_p": "rl.top_p",
+    "verl.actor_rollout_ref.rollout.calculate_log_probs": "rl.sampled_log_probs",
     "verl.data.train_files": "data",
     "verl.data.train_batch_size": "rl.prompts_per_step",
     "verl.algorithm.adv_estimator": "method.name",
@@ -98,6 +99,11 @@ class RL(Section):
     masked_actor: bool = Field(
         False,
         description="log-probs of actor and reference renormalised over the trie, as rollouts are drawn",
+    )
+    sampled_log_probs: bool = Field(
+        True,
+        description="log-probs of rollouts over the whole vocabulary, which verl compares with the actor's; "
+        "without them engine sid computes the logits of codes alone",
     )
     share_prompt: bool = Field(False, description="actor and reference read the prompt of a group once")
     learning_rate: Rate = 2e-6
@@ -250,7 +256,10 @@ class Recipe(Section):
             raise ValueError("rl.sampling without-replacement needs rollout sid, found vllm")
         if self.rollout == "vllm" and self.rl.exclude_history:
             raise ValueError("rl.exclude_history true needs rollout sid, found vllm")
-        if self.rollout == "vllm" and self.method.tie_rule == "most-probable" and not self.vllm_log_probs:
+        likeliest = self.method.tie_rule == "most-probable"
+        if likeliest and not self.rl.sampled_log_probs:
+            raise ValueError("method.tie_rule most-probable needs rl.sampled_log_probs true, found false")
+        if likeliest and self.rollout == "vllm" and not self.vllm_log_probs:
             raise ValueError(
                 "method.tie_rule most-probable needs rollout sid, or with vllm rl.temperature 1 and rl."
                 f"masked_actor false, found {self.rl.temperature:g} and {str(self.rl.masked_actor).lower()}"
@@ -260,7 +269,7 @@ class Recipe(Section):
     @property
     def vllm_log_probs(self) -> bool:
         """Whether vLLM's log-probs, full vocabulary at temperature 1, are what the actor computes."""
-        return self.rl.temperature == 1 and not self.rl.masked_actor
+        return self.rl.sampled_log_probs and self.rl.temperature == 1 and not self.rl.masked_actor
 
     @model_validator(mode="after")
     def _enough_cpus(self) -> Recipe:

@@ -413,6 +413,14 @@ def test_yaml_merge_keys_work(write) -> None:
     assert (recipe.rl.learning_rate, recipe.rl.steps) == (0.1, 4)
 
 
+def test_the_most_probable_negative_needs_log_probs(write) -> None:
+    path, options = write(MINIMAL), ["method.tie_rule=most-probable"]
+    load_recipe(path, [*options, "rollout=vllm"])
+    for more in ([], ["rollout=vllm"]):
+        with pytest.raises(RecipeError, match=r"most-probable needs rl\.sampled_log_probs true, found false"):
+            load_recipe(path, [*options, *more, "rl.sampled_log_probs=false"])
+
+
 def test_what_vllm_cannot_do_is_refused(write) -> None:
     path, likeliest = write(MINIMAL), ["method.tie_rule=most-probable", "rl.temperature=0.7"]
     load_recipe(path, [likeliest[0], "rollout=vllm", "rl.sampling=beam"])

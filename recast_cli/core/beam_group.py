@@ -14,7 +14,7 @@ import torch
 from recast_cli.core.beam_search import search
 from recast_cli.core.sampling import Rollouts
 from recast_cli.core.trie import Exclusion, Trie
-from recast_cli.core.walk import TOKEN_BUDGET, Guide, TreeWalk, decoding_mode, grow_distinct, guided_walks
+from recast_cli.core.walk import Guide, TreeWalk, decoding_mode, grow_distinct, guided_walks
 
 
 def beam_group(
@@ -26,7 +26,7 @@ def beam_group(
     *,
     pad_token_id: int,
     exclusion: Exclusion | None = None,
-    token_budget: int = TOKEN_BUDGET,
+    token_budget: int | None = None,
 ) -> Rollouts:
     """The G answers of `beam_search.beam_search` at that width, best first, log-probs at temperature 1.
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from recast_cli.core.trie import Exclusion, Trie
-from recast_cli.core.walk import TOKEN_BUDGET, Guide, TreeWalk, decoding_mode, grow_distinct, guided_walks
+from recast_cli.core.walk import Guide, TreeWalk, decoding_mode, grow_distinct, guided_walks
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def beam_search(
     *,
     pad_token_id: int,
     exclusion: Exclusion | None = None,
-    token_budget: int = TOKEN_BUDGET,
+    token_budget: int | None = None,
 ) -> Beams:
     """W best answers per prompt: sum of full-vocabulary log-softmax, disallowed -inf, no length penalty.
 
@@ -82,7 +82,7 @@ def beam_searches(
     pad_token_id: int,
     exclusions: Sequence[Exclusion | None],
     given_BL: np.ndarray | torch.Tensor | None = None,
-    token_budget: int = TOKEN_BUDGET,
+    token_budget: int | None = None,
 ) -> tuple[list[Beams], torch.Tensor]:
     """`beam_search` under each exclusion and the log-probs of given answers, from one reading of the prompts.
 

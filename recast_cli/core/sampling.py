@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from recast_cli.core.trie import Exclusion, Trie
-from recast_cli.core.walk import TOKEN_BUDGET, Guide, TreeWalk, decoding_mode, grow_distinct, guided_walks
+from recast_cli.core.walk import Guide, TreeWalk, decoding_mode, grow_distinct, guided_walks
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Rollouts:
     Attributes:
         codes_BGL: int64 codes.
         items_BG: int64 item rows; -1 also for codes that are no item, which only a broken mask lets through.
-        log_probs_BGL: float32 full-vocabulary log-softmax at the temperature (what an actor computes).
+        log_probs_BGL: float32 full-vocabulary log-softmax at the temperature (what an actor computes), NaN
+            where the full vocabulary was not asked for.
         trie_log_probs_BGL: float32, the same renormalised over the allowed codes (what a masked one does).
     """
 
@@ -62,7 +63,8 @@ def sample(
     top_p: float = 1.0,
     pad_token_id: int,
     exclusion: Exclusion | None = None,
-    token_budget: int = TOKEN_BUDGET,
+    full_vocabulary: bool = True,
+    token_budget: int | None = None,
 ) -> Samples:
     """Draw G answers per prompt by inverse CDF: a draw depends on its prompt and uniforms, not on the batch.
 
@@ -76,7 +78,10 @@ def sample(
         top_p: Each code is drawn from the nucleus of the allowed ones, see `nucleus`; 1 leaves all in.
         pad_token_id: Any token id; fills the left of shorter prompts.
         exclusion: Items closed to single prompts; request i is prompt i.
-        token_budget: Most tokens (padded prompts plus answers) read at once; one prompt is the least.
+        full_vocabulary: Without it `log_probs_BGL` are NaN, and the output head gives the logits of a level's
+            codes alone: the draws need no more.
+        token_budget: Most tokens (padded prompts plus answers) read at once; one prompt is the least. Default
+            by device.
 
     Raises:
         ValueError: an argument out of bounds, an attention without masks, or logits that are not finite.
@@ -97,7 +102,7 @@ def sample(
         return samples
     args = (model, trie, level_offsets, prompts, pad_token_id, [exclusion], token_budget)
     with decoding_mode(model):
-        for rows_B, walk, (guide,) in guided_walks(*args, num_answers=shape[1]):
+        for rows_B, walk, (guide,) in guided_walks(*args, num_answers=shape[1], full=full_vocabulary):
             codes, items, full, renormalised, drawn = _sample(
                 walk, guide, uniforms_BGL[rows_B], temperature, top_p
             )
@@ -146,7 +151,7 @@ def _sample(
         drawn_BSK = nucleus(trie_BSK, top_p)
         codes_BG = _draw(drawn_BSK, slots_BG, uniforms_BGL[..., level])
         codes.append(codes_BG)
-        log_probs.append(full_BSK[batch_B1, slots_BG, codes_BG])
+        log_probs.append(guide.known(full_BSK[batch_B1, slots_BG, codes_BG]))
         trie_log_probs.append(trie_BSK[batch_B1, slots_BG, codes_BG])
         drawn_log_probs.append(drawn_BSK[batch_B1, slots_BG, codes_BG])
         nodes_BG = guide.trie.find(level, nodes_BG, codes_BG)

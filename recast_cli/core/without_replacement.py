@@ -24,7 +24,7 @@ import torch
 from recast_cli.core.gumbel import as_signed, extend_hash, gumbel, with_maximum
 from recast_cli.core.sampling import Rollouts, require_temperature
 from recast_cli.core.trie import Exclusion, Trie
-from recast_cli.core.walk import TOKEN_BUDGET, Guide, TreeWalk, decoding_mode, grow_distinct, guided_walks
+from recast_cli.core.walk import Guide, TreeWalk, decoding_mode, grow_distinct, guided_walks
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,14 @@ def sample_distinct(
     temperature: float = 1.0,
     pad_token_id: int,
     exclusion: Exclusion | None = None,
-    token_budget: int = TOKEN_BUDGET,
+    full_vocabulary: bool = True,
+    token_budget: int | None = None,
 ) -> DistinctSamples:
     """Draw G distinct items per prompt without replacement.
 
     Args:
-        model, trie, level_offsets, prompts, temperature, pad_token_id, exclusion, token_budget: As in
-            `sampling.sample`.
+        model, trie, level_offsets, prompts, temperature, pad_token_id, exclusion, full_vocabulary,
+            token_budget: As in `sampling.sample`.
         keys_B: uint64, the seed of each prompt's draw: `seeding.hash64(seed, step, index_B)`.
         num_rollouts: G.
 
@@ -79,7 +80,7 @@ def sample_distinct(
         return samples
     args = (model, trie, level_offsets, prompts, pad_token_id, [exclusion], token_budget)
     with decoding_mode(model):
-        for rows_B, walk, (guide,) in guided_walks(*args, num_answers=width):
+        for rows_B, walk, (guide,) in guided_walks(*args, num_answers=width, full=full_vocabulary):
             front = _search(walk, guide, signed_B[rows_B].to(walk.device), width, temperature)
             dead_BG = (front.perturbed_BS == -torch.inf).cpu()
             samples.codes_BGL[rows_B, :width] = front.codes_BSL.cpu().masked_fill(dead_BG[..., None], -1)
@@ -157,6 +158,6 @@ def _extend(
         nodes_BS=guide.trie.find(level, front.nodes_BS.gather(1, parents_BS), codes_BS),
         perturbed_BS=perturbed_BS,
         codes_BSL=grown(front.codes_BSL, codes_BS),
-        log_probs_BSL=grown(front.log_probs_BSL, full_BSK.flatten(1).gather(1, picks_BS)),
+        log_probs_BSL=grown(front.log_probs_BSL, guide.known(full_BSK.flatten(1).gather(1, picks_BS))),
         trie_log_probs_BSL=grown(front.trie_log_probs_BSL, trie_BSK.flatten(1).gather(1, picks_BS)),
     )

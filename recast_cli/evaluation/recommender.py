@@ -25,8 +25,6 @@ from recast_cli.vocabulary import Vocabulary, encode_prompts
 Conversation = Sequence[dict[str, str]]
 Closed = Sequence[NDArray[np.int64]]  # item rows, prompt by prompt
 
-TOKEN_BUDGET = {"cpu": 6144, "cuda": 65536}  # a CPU is fastest while a batch stays in its caches
-
 
 @dataclass(frozen=True)
 class Ranked:
@@ -51,7 +49,7 @@ class Recommender:
         row_of_sid: Text of every semantic ID in semantic_ids.parquet -> item row.
         sid_begin, sid_end: Their text.
         level_tokens: Text of every code token, level by level.
-        token_budget: Most tokens read at once.
+        token_budget: Most tokens read at once; None: by device.
     """
 
     model: Any
@@ -63,7 +61,7 @@ class Recommender:
     sid_begin: str
     sid_end: str
     level_tokens: tuple[tuple[str, ...], ...]
-    token_budget: int
+    token_budget: int | None
 
     @classmethod
     def load(
@@ -121,7 +119,7 @@ class Recommender:
             sid_begin=enclosing[0],
             sid_end=enclosing[1],
             level_tokens=tuple(texts),
-            token_budget=token_budget or TOKEN_BUDGET.get(device, TOKEN_BUDGET["cpu"]),
+            token_budget=token_budget,
         )
 
     def encode(self, conversations: Sequence[Conversation]) -> list[list[int]]:

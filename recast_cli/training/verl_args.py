@@ -201,6 +201,8 @@ def _rollout_options(recipe: Recipe, prompt_length: int, num_levels: int, log: P
         f"{rollout}.val_kwargs.n": recipe.rl.validate_beams,
         f"{rollout}.val_kwargs.temperature": 0,
     }
+    if not recipe.rl.sampled_log_probs:
+        options[f"{rollout}.calculate_log_probs"] = False
     if recipe.rollout == "vllm":
         options |= {
             f"{rollout}.logprobs_mode": "raw_logprobs",

@@ -90,6 +90,14 @@ def test_walk_equals_plain_forwards(family: str) -> None:
             expected = torch.stack([plain[level, OFFSETS[level] + code] for level, code in enumerate(codes)])
             torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
     assert len(set(rollouts.items_BG.flatten().tolist())) > 3
+    # Logits of the codes alone are the same logits, whatever the model does to them behind its head.
+    codes_only = sample(
+        model, trie, OFFSETS, PROMPTS, uniforms(4, 6), pad_token_id=PAD, full_vocabulary=False
+    )
+    assert torch.equal(codes_only.codes_BGL, rollouts.codes_BGL)
+    for name in ("trie_log_probs_BGL", "drawn_log_probs_BGL"):
+        torch.testing.assert_close(getattr(codes_only, name), getattr(rollouts, name), atol=2e-5, rtol=0)
+    assert codes_only.log_probs_BGL.isnan().all()
     beams = beam_search(model, trie, OFFSETS, PROMPTS[2:3], 3, pad_token_id=PAD)
     scores = [plain_score(model, PROMPTS[2], codes) for codes in beams.codes_BWL[0]]
     assert beams.scores_BW[0].tolist() == pytest.approx(scores, abs=5e-5)

@@ -85,10 +85,11 @@ def test_without_any_padding_too(family: str) -> None:
 
 
 def compare(family: str, rows: Rows) -> None:
+    """In float64, but for the norms, which are float32 in any dtype: these peaked models magnify rounding."""
     flat, lengths, shared = lay_out(rows)
     weights = torch.rand(int(sum(len(r) + 1 for _, r in rows)), VOCABULARY, generator=torch.manual_seed(1))
 
-    alone = tiny(family)
+    alone = tiny(family).double()
     read = []
     for prompt, answer in rows:
         logits = alone(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits[0]
@@ -96,7 +97,7 @@ def compare(family: str, rows: Rows) -> None:
     expected = torch.cat(read)
     (expected * weights).sum().backward()
 
-    together = tiny(family, attention="packed")
+    together = tiny(family, attention="packed").double()
     positions = np.concatenate([np.arange(length) for length in lengths])
     found = together(
         input_ids=torch.from_numpy(flat)[shared.source_T][None],
@@ -107,7 +108,7 @@ def compare(family: str, rows: Rows) -> None:
     ).logits[0]
     (found * weights).sum().backward()
 
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
     for (name, parameter), other in zip(together.named_parameters(), alone.parameters(), strict=True):
         scale = float(other.grad.abs().max())
-        assert float((parameter.grad - other.grad).abs().max()) <= 1e-5 * max(scale, 1), name
+        assert float((parameter.grad - other.grad).abs().max()) <= 2e-6 * max(scale, 1), name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -55,11 +57,59 @@ def test_a_long_prompt_beside_a_short_one() -> None:
                 torch.testing.assert_close(row, plain, atol=1e-5, rtol=0)
 
 
-def test_a_prompt_is_read_once_and_never_copied_per_answer(model, trie: Trie) -> None:
-    shapes = []
+def shapes_read(model) -> tuple[list[tuple[int, ...]], Any]:
+    """Shapes of `input_ids` of every call from now on, and what ends the recording."""
+    shapes: list[tuple[int, ...]] = []
     hook = model.register_forward_pre_hook(
         lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
+    return shapes, hook
+
+
+@pytest.mark.parametrize(("family", "attention"), [("qwen3", "sdpa"), ("qwen3", "eager"), ("llama", "sdpa")])
+def test_what_prompts_have_in_common_is_read_once(family: str, attention: str) -> None:
+    """Tails of 1 to 12 tokens behind 20 common ones, 45 prompts: 44 x 20 tokens less."""
+    model = tiny(family, attention)
+    rng = np.random.default_rng(5)
+    common = rng.integers(0, VOCABULARY, 20).tolist()
+    prompts = [common + rng.integers(0, VOCABULARY, 1 + b % 12).tolist() for b in range(45)]
+    prompts[12] = [*common, prompts[0][20]]  # the whole of another: its last token is its own all the same
+    shapes, hook = shapes_read(model)
+    with decoding_mode(model):
+        walk = TreeWalk(model, prompts, PAD)
+        hook.remove()
+        assert shapes == [(1, 20), (45, 12)]
+        first = walk.logits_BSV
+        tokens = torch.from_numpy(rng.integers(0, VOCABULARY, (45, 3)))
+        walk.grow(tokens, torch.zeros(45, 3, dtype=torch.int64))
+        for b, prompt in enumerate(prompts):
+            plain = model(input_ids=torch.tensor([prompt])).logits[0, -1]
+            torch.testing.assert_close(first[b, 0], plain, atol=1e-5, rtol=0)
+            for token, found in zip(tokens[b].tolist(), walk.logits_BSV[b], strict=True):
+                plain = model(input_ids=torch.tensor([[*prompt, token]])).logits[0, -1]
+                torch.testing.assert_close(found, plain, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "read"),
+    [
+        # 10 common tokens of 52 and of 53 prompts: 510 and 520 saved, and a call must save 512
+        ([[3] * 10 + [4 + b] for b in range(2)] * 26, [(52, 11)]),
+        ([[3] * 10 + [4]] + [[3] * 10 + [5]] * 52, [(1, 10), (53, 1)]),
+        ([[3] * 40] * 20, [(1, 39), (20, 1)]),
+        ([[3] * 40] * 20 + [[4]], [(21, 40)]),
+    ],
+)
+def test_when_it_is_read_apart(model, prompts: list[list[int]], read: list[tuple[int, int]]) -> None:
+    shapes, hook = shapes_read(model)
+    with decoding_mode(model):
+        TreeWalk(model, prompts, PAD)
+    hook.remove()
+    assert shapes == read
+
+
+def test_a_prompt_is_read_once_and_never_copied_per_answer(model, trie: Trie) -> None:
+    shapes, hook = shapes_read(model)
     try:
         sample(model, trie, OFFSETS, [[2] * 30] * 2, uniforms(2, 40), pad_token_id=PAD)
     finally:

@@ -88,8 +88,13 @@ def test_answers_are_items_and_do_not_depend_on_order_or_company(
 def test_log_probs_are_the_full_vocabularys_of_a_plain_forward(
     tokenizer_folder: Path, rows: list[dict[str, Any]], prompts: list[list[int]]
 ) -> None:
-    server = make_server(tokenizer_folder)
+    server = make_server(tokenizer_folder, calculate_log_probs=True)
     out = generate(server, prompts[:2], [1, 2], temperature=0.7)
+    codes_only = generate(make_server(tokenizer_folder), prompts[:2], [1, 2], temperature=0.7)
+    assert (codes_only["codes_BGL"] == out["codes_BGL"]).all()
+    assert (
+        np.isnan(codes_only["log_probs_BGL"]).all() and not np.isnan(codes_only["trie_log_probs_BGL"]).any()
+    )
     model = AutoModelForCausalLM.from_pretrained(tokenizer_folder / "model", dtype=torch.float32)
     for b, prompt in enumerate(prompts[:2]):
         for g in range(3):
@@ -244,7 +249,7 @@ def test_a_sampling_that_makes_no_sense_is_refused(
 
 
 def test_verls_one_answer_interface(tokenizer_folder: Path, prompts: list[list[int]]) -> None:
-    server = make_server(tokenizer_folder)
+    server = make_server(tokenizer_folder, calculate_log_probs=True)
 
     def ask(request_id: str) -> Any:
         return asyncio.run(
@@ -264,7 +269,7 @@ def test_one_answer_comes_with_the_log_probs_of_its_actor(
     tokenizer_folder: Path, prompts: list[list[int]], masked: bool
 ) -> None:
     custom = {"tokenizer": str(tokenizer_folder), "masked_actor": masked}
-    config = RolloutConfig(name="recast_sid", dtype="float32", custom=custom)
+    config = RolloutConfig(name="recast_sid", dtype="float32", custom=custom, calculate_log_probs=True)
     server = SIDServer(config, HFModelConfig(path=str(tokenizer_folder / "model")), "cpu")
     server.global_steps = 0
     answer = asyncio.run(server.generate("r", prompt_ids=prompts[0], sampling_params={"temperature": 1.0}))

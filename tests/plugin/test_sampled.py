@@ -39,6 +39,7 @@ def test_catalogue_mass_is_what_the_mask_left_in() -> None:
     assert fields["catalogue_mass"] == pytest.approx(0.5 * 0.6)
     assert fields["trie_log_probs"] == pytest.approx([log(0.4), log(0.5)])
     assert sampled_fields(full, np.array([np.nan, 0.0])) == {}
+    assert sampled_fields(np.array([np.nan, np.nan]), trie) == {"trie_log_probs": fields["trie_log_probs"]}
     assert mean_catalogue_mass([fields, {}, {"catalogue_mass": 0.5}]) == {
         "catalogue_mass": pytest.approx(0.4)
     }

@@ -286,6 +286,10 @@ def test_vllm_gets_the_question_of_the_sid_engine(make_recipe) -> None:
         f"{prefix}.calculate_log_probs": (None, True),
         f"{prefix}.enforce_eager": (None, True),
     }
+    silent = [
+        parse(rl(make_recipe(rollout=name, rl={"sampled_log_probs": False}))) for name in ("sid", "vllm")
+    ]
+    assert [args[f"{prefix}.calculate_log_probs"] for args in silent] == [False, False]
     cool = parse(rl(make_recipe(rollout="vllm", rl={"temperature": 0.7})))
     assert cool[f"{prefix}.calculate_log_probs"] is False
     # what vLLM says of its samples is over the full vocabulary: not to be compared with a masked actor

@@ -29,7 +29,8 @@ def draw_groups(
     temperature: float,
     top_p: float,
     history: Sequence[Sequence[int]] | None,
-    token_budget: int,
+    full_vocabulary: bool,
+    token_budget: int | None,
 ) -> Rollouts:
     """Groups of G answers; what is drawn depends on (seed, step, index) and not on the batch.
 
@@ -39,6 +40,7 @@ def draw_groups(
         num_rollouts: G.
         sampling: One of `settings.SAMPLINGS`.
         history: Item rows that must not be answered, for each prompt; None closes nothing.
+        full_vocabulary, token_budget: As in `sampling.sample`; beams ask for the full vocabulary anyway.
 
     Raises:
         ValueError: a history that is no item's row, or that holds the whole catalogue.
@@ -52,7 +54,7 @@ def draw_groups(
     rows_B = np.asarray(index_B, dtype=np.int64)
     if sampling == "beam":
         return beam_group(*args, num_rollouts, **common)
-    common["temperature"] = temperature
+    common |= {"temperature": temperature, "full_vocabulary": full_vocabulary}
     if sampling == "without-replacement":
         return sample_distinct(*args, hash64(seed, step, rows_B), num_rollouts, **common)
     draws_BGL = uniforms(seed, step, rows_B, num_rollouts, catalogue.num_levels)

@@ -42,9 +42,11 @@ def require_histories(rows: Sequence[dict[str, Any]]) -> list[list[int]]:
 
 def sampled_fields(log_probs_L: np.ndarray, trie_log_probs_L: np.ndarray) -> dict[str, Any]:
     """`trie_log_probs`, and `catalogue_mass`: the share of the model's probability that the mask left in,
-    product over the levels; nothing where the sampler knew no log-probs."""
-    if np.isnan(log_probs_L).any() or np.isnan(trie_log_probs_L).any():
+    product over the levels; each where the sampler knew what it takes."""
+    if np.isnan(trie_log_probs_L).any():
         return {}
+    if np.isnan(log_probs_L).any():
+        return {"trie_log_probs": trie_log_probs_L.tolist()}
     mass = float(np.exp(log_probs_L.astype(np.float64).sum() - trie_log_probs_L.astype(np.float64).sum()))
     return {"trie_log_probs": trie_log_probs_L.tolist(), "catalogue_mass": mass}
 

@@ -13,7 +13,6 @@ from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.rollout.replica import TokenOutput
 
 from recast_cli.core.seeding import hash64
-from recast_cli.core.walk import TOKEN_BUDGET
 from verl_recast.catalogue import require_catalogue
 from verl_recast.rollout.group_sampling import draw_groups, require_sampling
 from verl_recast.settings import RolloutSettings, num_threads
@@ -47,7 +46,7 @@ class SIDServer:
         )
         self.model = model.to(self.device).eval()
         self.options = RolloutSettings.from_custom(config.custom)
-        self.token_budget = self.options.token_budget or TOKEN_BUDGET
+        self.token_budget = self.options.token_budget or None
         self.global_steps: int | None = None  # None until the first weights arrive
         self._arrived: set[str] = set()  # parameters of the update that is under way
 
@@ -74,6 +73,7 @@ class SIDServer:
         Returns:
             `codes_BGL` (-1 where an answer is missing), `log_probs_BGL` (full vocabulary) and
             `trie_log_probs_BGL` (renormalised over the allowed codes), NaN where missing; `global_steps`.
+            Of samples, `log_probs_BGL` are NaN unless the config has `calculate_log_probs`.
         """
         if self.global_steps is None:
             raise RuntimeError("the rollout server has no weights yet")
@@ -89,6 +89,7 @@ class SIDServer:
             temperature=temperature,
             top_p=top_p,
             history=history,
+            full_vocabulary=bool(self.config.calculate_log_probs),
             token_budget=self.token_budget,
         )
         return {
