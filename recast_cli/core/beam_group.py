@@ -68,11 +68,11 @@ def _force(walk: TreeWalk, guide: Guide, codes_BWL: torch.Tensor) -> tuple[torch
     nodes_BW = slots_BW = torch.zeros_like(codes_BWL[..., 0])
     full, among = [], []
     for level, codes_BW in enumerate(codes_BWL.unbind(dim=-1)):
-        full_BSK = guide.log_probs(level, walk.logits_BSV)
-        full_BWK = full_BSK.gather(1, slots_BW[..., None].expand(-1, -1, full_BSK.shape[-1]))
-        trie_BWK = full_BWK.masked_fill(guide.forbidden(level, nodes_BW), -torch.inf).log_softmax(dim=-1)
-        full.append(full_BWK.gather(2, codes_BW[..., None]))
-        among.append(trie_BWK.gather(2, codes_BW[..., None]))
+        scores = guide.scores(level, walk.logits_BSV)
+        choices_BWD, open_BWD = guide.choices(level, nodes_BW)
+        all_BWD = scores.of(slots_BW, choices_BWD).masked_fill(~open_BWD, -torch.inf)
+        full.append(scores.of(slots_BW, codes_BW[..., None]))
+        among.append(full[-1] - all_BWD.logsumexp(dim=-1, keepdim=True))
         if level + 1 < codes_BWL.shape[-1]:
             nodes_BW = guide.trie.find(level, nodes_BW, codes_BW)
             _, slots_BW = grow_distinct(walk, guide, level, slots_BW, codes_BW)

@@ -5,7 +5,7 @@ prefix share its tokens, between searches too. The model's generation_config is 
 top_k or repetition penalty must not leak in. Scores are float32.
 
 Shapes: B prompts, W beams, S slots (distinct partial answers of a prompt, padded with copies of slot 0),
-C = S x K candidates of a prompt, L levels, K codes of a level, V vocabulary.
+D codes below a node, C = S x D candidates of a prompt, L levels, K codes of a level, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from recast_cli.core.trie import Exclusion, Trie
-from recast_cli.core.walk import Guide, TreeWalk, decoding_mode, grow_distinct, guided_walks
+from recast_cli.core.walk import Guide, Scores, TreeWalk, decoding_mode, grow_distinct, guided_walks
 
 
 @dataclass(frozen=True)
@@ -137,19 +137,18 @@ class _Front:
     scores_BS: torch.Tensor
     codes_BSL: torch.Tensor
 
-    def extend(self, guide: Guide, level: int, log_probs_BMK: torch.Tensor, width: int) -> _Front:
-        """The best `width` of all continuations, given the log-probs of the level's codes at each slot."""
-        size = log_probs_BMK.shape[-1]
-        log_probs_BSK = log_probs_BMK.gather(1, self.slots_BS[..., None].expand(-1, -1, size))
-        log_probs_BSK = log_probs_BSK.masked_fill(guide.forbidden(level, self.nodes_BS), -torch.inf)
-        candidates_BC = (self.scores_BS[..., None] + log_probs_BSK).flatten(1)
+    def extend(self, guide: Guide, level: int, scores: Scores, width: int) -> _Front:
+        """The best `width` of all continuations, given what the walk says of the level's codes."""
+        codes_BSD, open_BSD = guide.choices(level, self.nodes_BS)
+        log_probs_BSD = scores.of(self.slots_BS, codes_BSD).masked_fill(~open_BSD, -torch.inf)
+        candidates_BC = (self.scores_BS[..., None] + log_probs_BSD).flatten(1)
         scores_BS, picks_BS = candidates_BC.topk(min(width, guide.trie.num_nodes[level + 1]), dim=1)
         if not bool(scores_BS[:, 0].isfinite().all()):
             raise ValueError("the model gave logits that are not finite")
-        _settle_ties(guide, level, self.nodes_BS, candidates_BC, scores_BS, picks_BS)
+        _settle_ties(guide, level, self.nodes_BS, codes_BSD, candidates_BC, scores_BS, picks_BS)
         # A dead beam copies the best one, at -inf: it needs a node with children, and never comes back.
         picks_BS = torch.where(scores_BS > -torch.inf, picks_BS, picks_BS[:, :1])
-        parents_BS, codes_BS = picks_BS // size, picks_BS % size
+        parents_BS, codes_BS = picks_BS // codes_BSD.shape[2], codes_BSD.flatten(1).gather(1, picks_BS)
         ancestors = self.codes_BSL.gather(1, parents_BS[..., None].expand(-1, -1, level))
         return _Front(
             slots_BS=self.slots_BS.gather(1, parents_BS),
@@ -178,10 +177,9 @@ def search(
     fronts = [_Front(root_B1, root_B1, root_B1.float(), root_B1[..., None][..., :0]) for _ in guides]
     num_levels = guides[0].trie.num_levels
     for level in range(num_levels):
-        log_probs_BMK = guides[0].log_probs(level, walk.logits_BSV)
+        scores = guides[0].scores(level, walk.logits_BSV)
         fronts = [
-            front.extend(guide, level, log_probs_BMK, width)
-            for front, guide in zip(fronts, guides, strict=True)
+            front.extend(guide, level, scores, width) for front, guide in zip(fronts, guides, strict=True)
         ]
         if level + 1 < num_levels:
             parents = torch.cat([front.slots_BS for front in fronts], dim=1)
@@ -196,8 +194,8 @@ def _force(walk: TreeWalk, guide: Guide, codes_BL: torch.Tensor) -> torch.Tensor
     """Log-probs (B, L) of one answer per prompt, each code given those before it."""
     log_probs = []
     for level, codes_B1 in enumerate(codes_BL.split(1, dim=1)):
-        log_probs_BK = guide.log_probs(level, walk.logits_BSV)[:, 0]
-        log_probs.append(log_probs_BK.gather(1, codes_B1))
+        scores = guide.scores(level, walk.logits_BSV)
+        log_probs.append(scores.of(torch.zeros_like(codes_B1), codes_B1[..., None])[..., 0])
         if level + 1 < codes_BL.shape[1]:
             walk.grow(codes_B1 + guide.offsets[level], torch.zeros_like(codes_B1))
     return torch.cat(log_probs, dim=1)
@@ -207,6 +205,7 @@ def _settle_ties(
     guide: Guide,
     level: int,
     nodes_BS: torch.Tensor,
+    codes_BSD: torch.Tensor,
     candidates_BC: torch.Tensor,
     scores_BW: torch.Tensor,
     picks_BW: torch.Tensor,
@@ -214,10 +213,10 @@ def _settle_ties(
     """Refill picks where equal scores straddle the cut (topk takes any): by node, at leaves by item row."""
     cut_B1 = scores_BW[:, -1:]
     straddles_B = ((candidates_BC >= cut_B1).sum(dim=1) > scores_BW.shape[1]) & (cut_B1[:, 0] > -torch.inf)
-    size = guide.trie.codebook_sizes[level]
+    codes_BC, num_lanes = codes_BSD.flatten(1), codes_BSD.shape[2]
     for row in straddles_B.nonzero()[:, 0].tolist():  # rare: scores of trained models hardly ever tie
         tied_R = (candidates_BC[row] == cut_B1[row]).nonzero()[:, 0]
-        keys_R = guide.trie.find(level, nodes_BS[row, tied_R // size], tied_R % size)
+        keys_R = guide.trie.find(level, nodes_BS[row, tied_R // num_lanes], codes_BC[row, tied_R])
         if level + 1 == guide.trie.num_levels:
             keys_R = guide.trie.items(keys_R)
         num_above = int((scores_BW[row] > cut_B1[row]).sum())

@@ -5,7 +5,8 @@ prefix share its tokens. The model's generation_config is never read: a checkpoi
 penalty must not leak in. Probabilities are float32, draws float64.
 
 Shapes: B prompts, G rollouts, S slots (distinct partial answers of a prompt, padded with copies of slot 0),
-L levels, K codes of a level, V vocabulary.
+L levels,
+D codes below a node, K codes of a level, V vocabulary.
 """
 
 from __future__ import annotations
@@ -146,14 +147,18 @@ def _sample(
     nodes_BS = nodes_BG[:, :1]
     codes, log_probs, trie_log_probs, drawn_log_probs = [], [], [], []
     for level in range(num_levels):
-        full_BSK = guide.log_probs(level, walk.logits_BSV, temperature)
-        trie_BSK = full_BSK.masked_fill(guide.forbidden(level, nodes_BS), -torch.inf).log_softmax(dim=-1)
-        drawn_BSK = nucleus(trie_BSK, top_p)
-        codes_BG = _draw(drawn_BSK, slots_BG, uniforms_BGL[..., level])
+        scores = guide.scores(level, walk.logits_BSV, temperature)
+        codes_BSD, open_BSD = guide.choices(level, nodes_BS)
+        every_BS = torch.arange(nodes_BS.shape[1], device=walk.device).expand_as(nodes_BS)
+        full_BSD = scores.of(every_BS, codes_BSD)
+        trie_BSD = full_BSD.masked_fill(~open_BSD, -torch.inf).log_softmax(dim=-1)
+        drawn_BSD = nucleus(trie_BSD, top_p)
+        picks = batch_B1, slots_BG, _draw(drawn_BSD, slots_BG, uniforms_BGL[..., level])
+        codes_BG = codes_BSD[picks]
         codes.append(codes_BG)
-        log_probs.append(guide.known(full_BSK[batch_B1, slots_BG, codes_BG]))
-        trie_log_probs.append(trie_BSK[batch_B1, slots_BG, codes_BG])
-        drawn_log_probs.append(drawn_BSK[batch_B1, slots_BG, codes_BG])
+        log_probs.append(scores.known(full_BSD[picks]))
+        trie_log_probs.append(trie_BSD[picks])
+        drawn_log_probs.append(drawn_BSD[picks])
         nodes_BG = guide.trie.find(level, nodes_BG, codes_BG)
         if level + 1 < num_levels:
             members_BS, slots_BG = grow_distinct(walk, guide, level, slots_BG, codes_BG)
@@ -167,30 +172,30 @@ def _sample(
     )
 
 
-def nucleus(log_probs_BSK: torch.Tensor, top_p: float) -> torch.Tensor:
+def nucleus(log_probs_BSD: torch.Tensor, top_p: float) -> torch.Tensor:
     """Log-probs renormalised over the smallest set of codes whose mass reaches `top_p`, -inf outside it.
 
     Holtzman et al., arXiv 1904.09751. The most probable code is always in; equal codes join in code order.
     """
     if top_p >= 1:
-        return log_probs_BSK
-    sorted_BSK, order_BSK = log_probs_BSK.sort(dim=-1, descending=True, stable=True)
-    probs_BSK = sorted_BSK.double().exp()
-    outside_BSK = probs_BSK.cumsum(dim=-1) - probs_BSK >= top_p
-    outside_BSK = torch.empty_like(outside_BSK).scatter_(-1, order_BSK, outside_BSK)
-    return log_probs_BSK.masked_fill(outside_BSK, -torch.inf).log_softmax(dim=-1)
+        return log_probs_BSD
+    sorted_BSD, order_BSD = log_probs_BSD.sort(dim=-1, descending=True, stable=True)
+    probs_BSD = sorted_BSD.double().exp()
+    outside_BSD = probs_BSD.cumsum(dim=-1) - probs_BSD >= top_p
+    outside_BSD = torch.empty_like(outside_BSD).scatter_(-1, order_BSD, outside_BSD)
+    return log_probs_BSD.masked_fill(outside_BSD, -torch.inf).log_softmax(dim=-1)
 
 
-def _draw(log_probs_BSK: torch.Tensor, slots_BG: torch.Tensor, uniforms_BG: torch.Tensor) -> torch.Tensor:
-    """Inverse CDF in float64: the first possible code whose cumulative probability exceeds the uniform."""
-    probs_BSK = log_probs_BSK.double().exp()
+def _draw(log_probs_BSD: torch.Tensor, slots_BG: torch.Tensor, uniforms_BG: torch.Tensor) -> torch.Tensor:
+    """Inverse CDF in float64: place of the first possible code whose cumulated probability exceeds it."""
+    probs_BSD = log_probs_BSD.double().exp()
     # 0 exceeds no uniform: a code of probability 0 stays out, whatever a parallel sum rounds to.
-    cdf_BSK = probs_BSK.cumsum(dim=-1).masked_fill(probs_BSK == 0, 0)
-    total_BS1 = cdf_BSK.amax(dim=-1, keepdim=True)
+    cdf_BSD = probs_BSD.cumsum(dim=-1).masked_fill(probs_BSD == 0, 0)
+    total_BS1 = cdf_BSD.amax(dim=-1, keepdim=True)
     if not bool((total_BS1 > 0).all()):
         raise ValueError("the model gave logits that are not finite")
     index_BG1 = slots_BG[..., None]
     # A float64 below 1 times the total rounds to less than the total, so some code always exceeds.
     reached_BG1 = uniforms_BG[..., None] * total_BS1.gather(1, index_BG1)
-    exceeds_BGK = cdf_BSK.gather(1, index_BG1.expand(-1, -1, cdf_BSK.shape[-1])) > reached_BG1
-    return exceeds_BGK.byte().argmax(dim=-1)
+    exceeds_BGD = cdf_BSD.gather(1, index_BG1.expand(-1, -1, cdf_BSD.shape[-1])) > reached_BG1
+    return exceeds_BGD.byte().argmax(dim=-1)

@@ -169,14 +169,49 @@ class Trie:
         Raises:
             ValueError: a row with no allowed code: its node is none of this level, or all below is excluded.
         """
-        num_rows = len(nodes_R)
+        codes_RD, allowed_RD, _ = self._lanes(level, nodes_R, exclusion, request_R)
+        shape = len(codes_RD), self.codebook_sizes[level]
+        mask_RK = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        mask_RK.scatter_(1, codes_RD, allowed_RD)
+        return mask_RK.expand(len(nodes_R), -1)
+
+    def choices(
+        self,
+        level: int,
+        nodes_R: torch.Tensor,
+        exclusion: Exclusion | None = None,
+        request_R: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`mask` as a list, short where a codebook is large: codes, and which of them may follow.
+
+        Args:
+            level, nodes_R, exclusion, request_R: As of `mask`, whose errors are these too.
+
+        Returns:
+            int64 (R, D), ascending, the last one repeated; bool (R, D), False for repetitions.
+        """
+        codes_RD, allowed_RD, is_child_RD = self._lanes(level, nodes_R, exclusion, request_R)
+        shape = len(nodes_R), -1
+        return codes_RD.expand(shape), (allowed_RD & is_child_RD).expand(shape)
+
+    def _lanes(
+        self,
+        level: int,
+        nodes_R: torch.Tensor,
+        exclusion: Exclusion | None,
+        request_R: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Codes of each node's children, whether they may follow, and False past the last, which is repeated.
+
+        All (R, D); (1, D) where all rows are the root and nothing is excluded.
+        """
         is_node_R = (nodes_R >= 0) & (nodes_R < self.num_nodes[level])
         if self.num_nodes[level] == 1 and exclusion is None and bool(is_node_R.all()):
             nodes_R, is_node_R = nodes_R[:1], is_node_R[:1]  # the root: one row serves all
         begin_R, end_R = self._children(level, nodes_R)
-        lanes_D = torch.arange(self.max_children[level], device=self.device)
+        lanes_RD = begin_R[:, None] + torch.arange(self.max_children[level], device=self.device)
         # Lanes past the last child repeat it: all that write one code write the same, so their order is free.
-        children_RD = torch.minimum(begin_R[:, None] + lanes_D, end_R[:, None] - 1)
+        children_RD = torch.minimum(lanes_RD, end_R[:, None] - 1)
         allowed_RD = is_node_R[:, None].expand_as(children_RD)
         if exclusion is not None or request_R is not None:
             if exclusion is None or request_R is None or exclusion.num_nodes != self.num_nodes:
@@ -188,9 +223,7 @@ class Trie:
             raise ValueError(
                 f"{node} has no item left for its request" if is_node_R[row] else f"{node} does not exist"
             )
-        mask_RK = torch.zeros(len(nodes_R), self.codebook_sizes[level], dtype=torch.bool, device=self.device)
-        mask_RK.scatter_(1, self.codes[level][children_RD].long(), allowed_RD)
-        return mask_RK.expand(num_rows, -1)
+        return self.codes[level][children_RD].long(), allowed_RD, lanes_RD < end_R[:, None]
 
     def find(self, level: int, nodes_R: torch.Tensor, codes_R: torch.Tensor) -> torch.Tensor:
         """Node of the next level that each code leads to; -1 where there is none, or no such node."""

@@ -146,28 +146,47 @@ class Guide:
         """Token ids of the level's codes where only those are wanted; None: all."""
         return None if self.full else _codes_of(level, self.trie, self.offsets)
 
-    def log_probs(self, level: int, logits_BSV: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-        """Full-vocabulary log-softmax at `temperature` of the level's codes, float32 (B, S, K).
-
-        Without the full vocabulary: short of it by one number for each slot, which nobody can know.
-        """
-        logits_BSV = logits_BSV.float() / temperature
+    def scores(self, level: int, logits_BSV: torch.Tensor, temperature: float = 1.0) -> Scores:
+        """What the walk's logits say of the level's codes."""
+        logits_BSV = logits_BSV.float()
+        if temperature != 1:
+            logits_BSV = logits_BSV / temperature
         if not self.full:
-            return logits_BSV
-        codes_BSK = logits_BSV[..., self.offsets[level] :][..., : self.trie.codebook_sizes[level]]
-        return codes_BSK - logits_BSV.logsumexp(dim=-1, keepdim=True)
+            return Scores(logits_BSV, None)
+        chosen_BSK = logits_BSV[..., _codes_of(level, self.trie, self.offsets)]
+        return Scores(chosen_BSK, logits_BSV.logsumexp(dim=-1, keepdim=True))
 
-    def known(self, log_probs: torch.Tensor) -> torch.Tensor:
-        """What `log_probs` gave, where it is a log-softmax; else NaN."""
-        return log_probs if self.full else torch.full_like(log_probs, torch.nan)
-
-    def forbidden(self, level: int, nodes_BS: torch.Tensor) -> torch.Tensor:
-        """Codes that may not follow each node, bool (B, S, K)."""
+    def choices(self, level: int, nodes_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes below each node, int64 (B, S, D), and which of them may follow, bool (B, S, D)."""
         requests_R = None
         if self.exclusion is not None:
             requests_R = self.rows_B[:, None].expand_as(nodes_BS).reshape(-1)
-        mask_RK = self.trie.mask(level, nodes_BS.reshape(-1), self.exclusion, requests_R)
-        return ~mask_RK.view(*nodes_BS.shape, -1)
+        found = self.trie.choices(level, nodes_BS.reshape(-1), self.exclusion, requests_R)
+        codes_BSD, open_BSD = (array_RD.view(*nodes_BS.shape, -1) for array_RD in found)
+        return codes_BSD, open_BSD
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of the codes of one level at each slot M of a walk.
+
+    Attributes:
+        logits_BMK: float32, at the temperature.
+        total_BM1: Their log-sum-exp over the vocabulary; None where nobody knows it.
+    """
+
+    logits_BMK: torch.Tensor
+    total_BM1: torch.Tensor | None
+
+    def of(self, slots_BS: torch.Tensor, codes_BSD: torch.Tensor) -> torch.Tensor:
+        """Log-probs (B, S, D) of codes after slots; without a total, up to a number for each slot."""
+        batch_B1 = torch.arange(len(slots_BS), device=slots_BS.device)[:, None]
+        logits_BSD = self.logits_BMK[batch_B1[..., None], slots_BS[..., None], codes_BSD]
+        return logits_BSD if self.total_BM1 is None else logits_BSD - self.total_BM1[batch_B1, slots_BS]
+
+    def known(self, log_probs: torch.Tensor) -> torch.Tensor:
+        """What `of` gave, where it is a log-softmax over the vocabulary; else NaN."""
+        return log_probs if self.total_BM1 is not None else torch.full_like(log_probs, torch.nan)
 
 
 def guided_walks(

@@ -24,7 +24,7 @@ import torch
 from recast_cli.core.gumbel import as_signed, extend_hash, gumbel, with_maximum
 from recast_cli.core.sampling import Rollouts, require_temperature
 from recast_cli.core.trie import Exclusion, Trie
-from recast_cli.core.walk import Guide, TreeWalk, decoding_mode, grow_distinct, guided_walks
+from recast_cli.core.walk import Guide, Scores, TreeWalk, decoding_mode, grow_distinct, guided_walks
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,8 @@ def _search(walk: TreeWalk, guide: Guide, keys_B: torch.Tensor, width: int, temp
     nothing = nodes_B1[..., None][..., :0]
     front = _Front(nodes_B1, nodes_B1, gumbel(keys_B)[:, None], nothing, nothing.float(), nothing.float())
     for level in range(guide.trie.num_levels):
-        full_BMK = guide.log_probs(level, walk.logits_BSV, temperature)
-        front = _extend(front, guide, level, full_BMK, keys_B, width)
+        scores = guide.scores(level, walk.logits_BSV, temperature)
+        front = _extend(front, guide, level, scores, keys_B, width)
         if level + 1 < guide.trie.num_levels:
             _, slots_BS = grow_distinct(walk, guide, level, front.slots_BS, front.codes_BSL[..., -1])
             front = replace(front, slots_BS=slots_BS)
@@ -125,29 +125,24 @@ def _search(walk: TreeWalk, guide: Guide, keys_B: torch.Tensor, width: int, temp
 
 
 def _extend(
-    front: _Front, guide: Guide, level: int, full_BMK: torch.Tensor, keys_B: torch.Tensor, width: int
+    front: _Front, guide: Guide, level: int, scores: Scores, keys_B: torch.Tensor, width: int
 ) -> _Front:
-    """The `width` largest of all continuations, given the full log-probs of the level's codes per slot."""
-    size = full_BMK.shape[-1]
-    full_BSK = full_BMK.gather(1, front.slots_BS[..., None].expand(-1, -1, size))
-    trie_BSK = full_BSK.masked_fill(guide.forbidden(level, front.nodes_BS), -torch.inf).log_softmax(dim=-1)
-    places_BSK = extend_hash(
-        keys_B[:, None, None],
-        level,
-        front.nodes_BS[..., None],
-        torch.arange(size, device=keys_B.device),
-    )
+    """The `width` largest of all continuations, given what the walk says of the level's codes."""
+    codes_BSD, open_BSD = guide.choices(level, front.nodes_BS)
+    full_BSD = scores.of(front.slots_BS, codes_BSD)
+    trie_BSD = full_BSD.masked_fill(~open_BSD, -torch.inf).log_softmax(dim=-1)
+    places_BSD = extend_hash(keys_B[:, None, None], level, front.nodes_BS[..., None], codes_BSD)
     behind_BS1 = front.trie_log_probs_BSL.double().sum(dim=-1, keepdim=True)
     dead_BS = front.perturbed_BS == -torch.inf
-    perturbed_BSK = with_maximum(
-        behind_BS1 + trie_BSK.double() + gumbel(places_BSK), front.perturbed_BS.masked_fill(dead_BS, 0)
+    perturbed_BSD = with_maximum(
+        behind_BS1 + trie_BSD.double() + gumbel(places_BSD), front.perturbed_BS.masked_fill(dead_BS, 0)
     ).masked_fill(dead_BS[..., None], -torch.inf)
-    perturbed_BS, picks_BS = perturbed_BSK.flatten(1).topk(min(width, guide.trie.num_nodes[level + 1]), dim=1)
+    perturbed_BS, picks_BS = perturbed_BSD.flatten(1).topk(min(width, guide.trie.num_nodes[level + 1]), dim=1)
     if not bool(perturbed_BS[:, 0].isfinite().all()):
         raise ValueError("the model gave logits that are not finite")
     # A dead one copies the first, at -inf: it needs a node with children, and never comes back.
     picks_BS = torch.where(perturbed_BS > -torch.inf, picks_BS, picks_BS[:, :1])
-    parents_BS, codes_BS = picks_BS // size, picks_BS % size
+    parents_BS, codes_BS = picks_BS // codes_BSD.shape[2], codes_BSD.flatten(1).gather(1, picks_BS)
 
     def grown(behind_BSL: torch.Tensor, new_BS: torch.Tensor) -> torch.Tensor:
         ancestors = behind_BSL.gather(1, parents_BS[..., None].expand(-1, -1, level))
@@ -158,6 +153,6 @@ def _extend(
         nodes_BS=guide.trie.find(level, front.nodes_BS.gather(1, parents_BS), codes_BS),
         perturbed_BS=perturbed_BS,
         codes_BSL=grown(front.codes_BSL, codes_BS),
-        log_probs_BSL=grown(front.log_probs_BSL, guide.known(full_BSK.flatten(1).gather(1, picks_BS))),
-        trie_log_probs_BSL=grown(front.trie_log_probs_BSL, trie_BSK.flatten(1).gather(1, picks_BS)),
+        log_probs_BSL=grown(front.log_probs_BSL, scores.known(full_BSD.flatten(1).gather(1, picks_BS))),
+        trie_log_probs_BSL=grown(front.trie_log_probs_BSL, trie_BSD.flatten(1).gather(1, picks_BS)),
     )

@@ -38,12 +38,13 @@ def test_a_broken_mask_is_seen(model, trie: Trie, monkeypatch: pytest.MonkeyPatc
     assert num_invalid(good.codes_BGL) == num_invalid(good_beams.codes_BWL) == 0
     assert (good.items_BG >= 0).all() and (good_beams.items_BW >= 0).all()
 
-    def no_mask(
+    def everything(
         self: Trie, level: int, nodes_R: torch.Tensor, exclusion=None, request_R=None
-    ) -> torch.Tensor:
-        return torch.ones(len(nodes_R), self.codebook_sizes[level], dtype=torch.bool)
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        codes_RK = torch.arange(self.codebook_sizes[level]).expand(len(nodes_R), -1)
+        return codes_RK, torch.ones_like(codes_RK, dtype=torch.bool)
 
-    monkeypatch.setattr(Trie, "mask", no_mask)
+    monkeypatch.setattr(Trie, "choices", everything)
     broken = sample(model, trie, OFFSETS, PROMPTS, draws, pad_token_id=PAD)
     beams = beam_search(model, trie, OFFSETS, PROMPTS, 25, pad_token_id=PAD)
     # 25 of 4 x 5 x 3 = 60 answers are items, so most of what is free is not.

@@ -48,6 +48,15 @@ def expected_mask(items: list[tuple[int, ...]], prefix: tuple[int, ...], size: i
     return [code in following for code in range(size)]
 
 
+def listed(choices: tuple[torch.Tensor, torch.Tensor]) -> list[list[int]]:
+    """The open codes of each row."""
+    return [codes[is_open].tolist() for codes, is_open in zip(*choices, strict=True)]
+
+
+def expected_codes(items: list[tuple[int, ...]], prefix: tuple[int, ...]) -> list[int]:
+    return sorted({item[len(prefix)] for item in items if item[: len(prefix)] == prefix})
+
+
 @given(catalogues())
 def test_masks_equal_set_membership(catalogue: Catalogue) -> None:
     items, sizes = catalogue
@@ -57,6 +66,7 @@ def test_masks_equal_set_membership(catalogue: Catalogue) -> None:
         rows = prefixes(items, level)
         nodes = torch.tensor([walk(trie, prefix) for prefix in rows])
         assert trie.mask(level, nodes).tolist() == [expected_mask(items, prefix, size) for prefix in rows]
+        assert listed(trie.choices(level, nodes)) == [expected_codes(items, prefix) for prefix in rows]
 
 
 @given(catalogues())
@@ -111,8 +121,11 @@ def test_exclusion_equals_a_trie_without_those_items(catalogue: Catalogue, data:
         ]
         rows = data.draw(st.permutations(rows))  # requests may come in any order
         nodes = torch.tensor([walk(trie, prefix) for _, prefix in rows])
-        mask = trie.mask(level, nodes, exclusion, torch.tensor([request for request, _ in rows]))
-        assert mask.tolist() == [expected_mask(remaining[request], prefix, size) for request, prefix in rows]
+        asked = level, nodes, exclusion, torch.tensor([request for request, _ in rows])
+        expected = [expected_mask(remaining[request], prefix, size) for request, prefix in rows]
+        assert trie.mask(*asked).tolist() == expected
+        codes = [expected_codes(remaining[request], prefix) for request, prefix in rows]
+        assert listed(trie.choices(*asked)) == codes
 
 
 @given(catalogues())
@@ -128,6 +141,9 @@ def test_lookup_finds_items_and_nothing_else(catalogue: Catalogue) -> None:
 #   0 2      0
 #   2 1      1
 SMALL = np.array([[0, 2], [2, 1], [0, 0]])
+
+
+ROWS = torch.arange(2)
 
 
 @pytest.fixture
@@ -153,8 +169,18 @@ def test_exclusion_by_hand(small: Trie) -> None:
     assert mask.int().tolist() == [[1, 0, 0], [1, 0, 1], [1, 0, 1], [0, 0, 1]]
     below = small.mask(1, torch.tensor([0, 0]), exclusion, torch.tensor([2, 1]))
     assert below.int().tolist() == [[1, 0, 0, 0], [1, 0, 1, 0]]
-    with pytest.raises(ValueError, match="row 1: node 0 of level 1 has no item left for its request"):
-        small.mask(1, torch.tensor([0, 0]), exclusion, torch.tensor([0, 3]))
+    for ask in (small.mask, small.choices):
+        with pytest.raises(ValueError, match="row 1: node 0 of level 1 has no item left for its request"):
+            ask(1, torch.tensor([0, 0]), exclusion, torch.tensor([0, 3]))
+
+
+def test_choices_by_hand(small: Trie) -> None:
+    codes, is_open = small.choices(1, torch.tensor([1, 0, 1]))
+    assert codes.tolist() == [[1, 1], [0, 2], [1, 1]]  # the only child of node 1 fills its second lane
+    assert is_open.tolist() == [[True, False], [True, True], [True, False]]
+    codes, is_open = small.choices(0, torch.zeros(2, dtype=torch.int64), small.exclusion([[1], []]), ROWS)
+    assert codes.tolist() == [[0, 2], [0, 2]]
+    assert is_open.tolist() == [[True, False], [True, True]]
 
 
 def test_no_requests_at_all(small: Trie) -> None:
@@ -162,6 +188,7 @@ def test_no_requests_at_all(small: Trie) -> None:
     none = torch.zeros(0, dtype=torch.int64)
     assert small.mask(0, none, exclusion, none).shape == (0, 3)
     assert small.mask(1, none).shape == (0, 4)
+    assert small.choices(0, none, exclusion, none)[0].shape == (0, 2)
 
 
 def test_exclusion_errors(small: Trie) -> None:

@@ -174,10 +174,13 @@ def test_no_answer_is_invalid(with_holes: Folders) -> None:
 
 
 def test_a_broken_mask_shows(with_holes: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
-    def all_allowed(self: Trie, level: int, nodes_R: torch.Tensor, *_: object) -> torch.Tensor:
-        return torch.ones(len(nodes_R), self.codebook_sizes[level], dtype=torch.bool)
+    def everything(
+        self: Trie, level: int, nodes_R: torch.Tensor, *_: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        codes_RK = torch.arange(self.codebook_sizes[level]).expand(len(nodes_R), -1)
+        return codes_RK, torch.ones_like(codes_RK, dtype=torch.bool)
 
-    monkeypatch.setattr(Trie, "mask", all_allowed)
+    monkeypatch.setattr(Trie, "choices", everything)
     evaluation = run(with_holes, beam_width=20)
     sids = set(pl.read_parquet(with_holes.tokenizer / "semantic_ids.parquet")["sid"])
     assert len(sids) == 30

@@ -329,10 +329,13 @@ def test_mask_that_lets_everything_pass_makes_the_invalid_count_rise(
         score(tokenizer_folder, rows, generate(server, prompts, list(range(6)))["codes_BGL"])["invalid"] == 0
     )
 
-    def everything(self: Trie, level: int, nodes_R: torch.Tensor, *_: Any) -> torch.Tensor:
-        return torch.ones(len(nodes_R), size[level], dtype=torch.bool)
+    def everything(
+        self: Trie, level: int, nodes_R: torch.Tensor, *_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        codes_RK = torch.arange(size[level]).expand(len(nodes_R), -1)
+        return codes_RK, torch.ones_like(codes_RK, dtype=torch.bool)
 
-    monkeypatch.setattr(Trie, "mask", everything)
+    monkeypatch.setattr(Trie, "choices", everything)
     found = score(tokenizer_folder, rows, generate(server, prompts, list(range(6)))["codes_BGL"])
     assert found["invalid"] > 0.5
 
