@@ -1,4 +1,4 @@
-"""Rollouts and beams under a catalogue's trie: what the tree of answers saves, beside Hugging Face `generate`.
+"""Rollouts and beams under a trie: what the tree of answers saves, beside Hugging Face `generate`.
 
     python benchmarks/search.py
 
@@ -19,6 +19,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def make_prompts(length: int, *, common: int = 0) -> list[list[int]]:
 
 
 def in_turns(arms: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Processor seconds of every repeat of every arm, one repeat of each after the other; a first one apart."""
+    """Processor seconds of each arm's repeats, which take turns; a first one is left out."""
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for repeat in range(repeats + 1):
         for name, arm in arms.items():
@@ -150,8 +151,8 @@ def beams(repeats: int) -> dict[str, Any]:
 
     arms: dict[str, Callable[[], Any]] = {"recast": ours}
     for chunk in (4, 16, PROMPTS):
-        arms[f"hugging face, {chunk} prompts a call"] = lambda chunk=chunk: hugging_face_beams(
-            model, codes_NL, offsets, prompts, chunk
+        arms[f"hugging face, {chunk} prompts a call"] = partial(
+            hugging_face_beams, model, codes_NL, offsets, prompts, chunk
         )
     seconds = in_turns(arms, repeats)
     rows = compared(seconds)
@@ -187,7 +188,7 @@ def samples(length: int, repeats: int) -> dict[str, Any]:
 
     arms: dict[str, Callable[[], Any]] = {"recast": grouped}
     for budget in (1024, 4096, 16384):
-        arms[f"rollouts alone, {budget} tokens a call"] = lambda budget=budget: apart(budget)
+        arms[f"rollouts alone, {budget} tokens a call"] = partial(apart, budget)
     seconds = in_turns(arms, repeats)
     together, alone_tokens = tokens_read(grouped(), length)
     rows, bound = compared(seconds), alone_tokens / together
