@@ -15,6 +15,7 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from recast_cli.core.seeding import hash64
 from verl_recast.answers import AnswerReader
 from verl_recast.groups import plain, response_fields
+from verl_recast.rollout.columns import ROLLOUT
 from verl_recast.rollout.sampled import SAMPLED_FIELDS
 
 PRODUCER = "anchor"
@@ -42,7 +43,11 @@ def choose_targets(
 
 
 def anchor_fields(
-    batch: KVBatchMeta, rows: list[int], targets: list[tuple[int, ...]], reader: AnswerReader
+    batch: KVBatchMeta,
+    rows: list[int],
+    prompts: list[list[int]],
+    targets: list[tuple[int, ...]],
+    reader: AnswerReader,
 ) -> tuple[TensorDict, list[dict[str, Any]]]:
     """Fields and tags that turn rollouts into anchors (see `AnswerReader.anchor`), reward 1.
 
@@ -51,18 +56,19 @@ def anchor_fields(
     """
     keys = [batch.keys[row] for row in rows]
     data = tq.kv_batch_get(
-        keys=keys, partition_id=batch.partition_id, select_fields=["prompts", "responses", "extra_fields"]
+        keys=keys, partition_id=batch.partition_id, select_fields=["responses", "extra_fields"]
     )
-    replaced = zip(
-        data["prompts"].unbind(), data["responses"].unbind(), plain(data["extra_fields"]), strict=True
-    )
+    replaced = zip(data["responses"].unbind(), plain(data["extra_fields"]), prompts, strict=True)
     records, tags = [], []
-    for (prompt, old, extra_fields), target, row in zip(replaced, targets, rows, strict=True):
+    for (old, extra_fields, tokens), target, row in zip(replaced, targets, rows, strict=True):
+        prompt = torch.tensor(tokens)
         response = torch.tensor(reader.anchor(old.tolist(), target), dtype=torch.int64)
         info = {"hit": 1.0, "structural_score": 1.0}
         kept = {name: value for name, value in extra_fields.items() if name not in SAMPLED_FIELDS}
         extra_fields = {**kept, "reward_extra_info": info, "producer": PRODUCER}
-        records.append({**response_fields(prompt, response, 1.0), "extra_fields": extra_fields})
+        fields = {"prompts": prompt, **response_fields(prompt, response, 1.0)}
+        records.append({**fields, "extra_fields": extra_fields})
         lengths = {"response_len": len(response), "seq_len": len(prompt) + len(response)}
-        tags.append({**batch.tags[row], **lengths, "producer": PRODUCER})
+        known = {name: value for name, value in batch.tags[row].items() if name != ROLLOUT}
+        tags.append({**known, **lengths, "producer": PRODUCER})
     return list_of_dict_to_tensordict(records), tags

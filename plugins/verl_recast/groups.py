@@ -13,6 +13,7 @@ from transfer_queue import KVBatchMeta
 
 from verl_recast.answers import AnswerReader
 from verl_recast.reward import require_targets
+from verl_recast.rollout.columns import ROLLOUT
 from verl_recast.rollout.sampled import mean_catalogue_mass
 
 
@@ -31,6 +32,7 @@ class Groups:
         catalogue_mass: `catalogue_mass` of the rollouts, mean; empty if the sampler did not say.
         targets: Per prompt, the codes of its target, or of each of them; those of no item are left out where
             there are others.
+        prompts: Tokens of each prompt.
         foreign_B: True where no target is an item of the catalogue: nobody could hit it, and an anchor would
             teach what the catalogue does not hold, so that nothing lends there.
     """
@@ -47,6 +49,7 @@ class Groups:
     log_probs_BG: np.ndarray | None
     catalogue_mass: dict[str, float]
     targets: list[list[tuple[int, ...]]]
+    prompts: list[list[int]]
     foreign_B: np.ndarray
 
 
@@ -72,6 +75,9 @@ def gather_groups(
 ) -> Groups:
     """Read reward, response and target of every rollout of a step.
 
+    Our own agent loop says of a rollout what is wanted in its tag, which the trainer has already. Only what
+    all rollouts of a group share is read for one of them.
+
     Args:
         members: Every semantic ID of the catalogue, where it is known.
         log_probs: Read the sampling log-probs too.
@@ -79,13 +85,16 @@ def gather_groups(
     Raises:
         RuntimeError: no rollout arrived (the rollout server failed; its log says why).
     """
-    found = _read(batch, log_probs=log_probs)
+    if len(batch) == 0:
+        raise RuntimeError("no rollout arrived: the rollout server or agent loop failed, see its log above")
+    tagged = all(ROLLOUT in tag for tag in batch.tags) and not log_probs
+    found = _from_tags(batch) if tagged else _read(batch, log_probs=log_probs)
     grouped = _group_rows(batch.keys, found.index_N)
     first = [rows[0] for rows in grouped]
-    targets = [found.targets[r] for r in first]
-    prompts = _read_prompts(batch, first)  # one a group: they are most of what the queue holds
-    contents = [(prompt, found.targets[r]) for prompt, r in zip(prompts, first, strict=True)]
-    require_own_index(list(zip(found.index_N[first].tolist(), contents, strict=True)))
+    prompts, targets = _read_prompts(batch, first)
+    require_own_index(
+        list(zip(found.index_N[first].tolist(), zip(prompts, targets, strict=True), strict=True))
+    )
     known = [[sid for sid in sids if members is None or sid in members] for sids in targets]
     foreign_B = np.array([not sids for sids in known])
 
@@ -111,8 +120,9 @@ def gather_groups(
         codes_BGL=np.where(present_BG[:, :, None], answers.codes_NL[rows_BG], -1),
         tokens_BG=spread(found.tokens_N),
         log_probs_BG=None if sampled is None else spread(sampled, np.nan),
-        catalogue_mass=mean_catalogue_mass(found.extra_fields),
+        catalogue_mass=mean_catalogue_mass(found.sampled),
         targets=[items or sids for items, sids in zip(known, targets, strict=True)],
+        prompts=prompts,
         foreign_B=foreign_B,
     )
 
@@ -125,15 +135,25 @@ class _Rollouts(NamedTuple):
     scores_N: np.ndarray
     tokens_N: np.ndarray
     responses: list[list[int]]
-    targets: list[list[tuple[int, ...]]]
-    extra_fields: list[dict[str, Any]]
+    sampled: list[dict[str, Any]]
     log_probs: list[list[float]] | None
 
 
+def _from_tags(batch: KVBatchMeta) -> _Rollouts:
+    facts = [tag[ROLLOUT] for tag in batch.tags]
+    return _Rollouts(
+        index_N=np.array([each["index"] for each in facts]),
+        rewards_N=np.array([each["reward"] for each in facts]),
+        scores_N=np.array([each["structural_score"] for each in facts]),
+        tokens_N=np.array([tag["response_len"] for tag in batch.tags]),
+        responses=[each["response"] for each in facts],
+        sampled=facts,
+        log_probs=None,
+    )
+
+
 def _read(batch: KVBatchMeta, *, log_probs: bool) -> _Rollouts:
-    if len(batch) == 0:
-        raise RuntimeError("no rollout arrived: the rollout server or agent loop failed, see its log above")
-    names = ["rm_scores", "responses", "response_mask", "reward_model", "extra_fields", "index"]
+    names = ["rm_scores", "responses", "response_mask", "extra_fields", "index"]
     names += ["rollout_log_probs"] * log_probs
     data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
     extra_fields = plain(data["extra_fields"])
@@ -145,16 +165,18 @@ def _read(batch: KVBatchMeta, *, log_probs: bool) -> _Rollouts:
         scores_N=np.array([float(info["structural_score"]) for info in infos]),
         tokens_N=np.array([int(mask.sum()) for mask in data["response_mask"].unbind()]),
         responses=[response.tolist() for response in data["responses"].unbind()],
-        targets=[require_targets(entry["ground_truth"]) for entry in plain(data["reward_model"])],
-        extra_fields=extra_fields,
+        sampled=extra_fields,
         log_probs=[row.tolist() for row in data["rollout_log_probs"].unbind()] if log_probs else None,
     )
 
 
-def _read_prompts(batch: KVBatchMeta, rows: list[int]) -> list[list[int]]:
+def _read_prompts(batch: KVBatchMeta, rows: list[int]) -> tuple[list[list[int]], list[list[tuple[int, ...]]]]:
+    """Tokens and targets of the prompts of these rows; a prompt is most of what the queue holds of a row."""
     keys = [batch.keys[row] for row in rows]
-    data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=["prompts"])
-    return [prompt.tolist() for prompt in data["prompts"].unbind()]
+    names = ["prompts", "reward_model"]
+    data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=names)
+    targets = [require_targets(entry["ground_truth"]) for entry in plain(data["reward_model"])]
+    return [prompt.tolist() for prompt in data["prompts"].unbind()], targets
 
 
 def _require_structural_scores(infos: Sequence[dict[str, Any]]) -> None:

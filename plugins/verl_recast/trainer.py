@@ -34,6 +34,7 @@ from verl_recast.check_config import KEPT_PER_GROUP, check_config
 from verl_recast.groups import Groups, gather_groups
 from verl_recast.layout import kept_rows, minibatch_order
 from verl_recast.loss_scale import count_dropped_tokens, require_one_divisor
+from verl_recast.rollout.columns import complete
 from verl_recast.settings import RecastSettings
 from verl_recast.validation import validation_metrics
 
@@ -105,6 +106,7 @@ class PPOTrainerRecast(PPOTrainerSync):
             logger.warning("step %d: no group has both a positive and a negative", self.global_steps)
             b = int(groups.present_BG.sum(axis=1).argmax())
             kept = {b: groups.rows_BG[b][groups.present_BG[b]][:KEPT_PER_GROUP].tolist()}
+        complete(batch, {row: groups.prompts[b] for b, rows in kept.items() for row in rows})
         actor = self.config.actor_rollout_ref.actor
         require_one_divisor(
             actor, [batch.tags[row]["response_len"] for rows in kept.values() for row in rows]
@@ -132,7 +134,8 @@ class PPOTrainerRecast(PPOTrainerSync):
             step=self.global_steps,
             rule=self.settings.anchor_rule,
         )
-        fields, tags = anchor_fields(batch, rows, targets, self.reader)
+        prompts = [groups.prompts[b] for b in repaired]
+        fields, tags = anchor_fields(batch, rows, prompts, targets, self.reader)
         if self.config.actor_rollout_ref.rollout.calculate_log_probs:
             # Of the anchor's own length; `_compute_old_log_prob` fills in the actor's.
             fields["rollout_log_probs"] = fields["rm_scores"] * 0

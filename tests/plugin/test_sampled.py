@@ -34,12 +34,14 @@ def test_an_empty_history_is_one_and_a_missing_one_is_an_error() -> None:
 
 def test_catalogue_mass_is_what_the_mask_left_in() -> None:
     # the codes had 0.2 and 0.3 of everything, 0.4 and 0.5 of what is allowed: 0.5 and 0.6 were allowed
-    full, trie = np.log([0.2, 0.3]), np.log([0.4, 0.5])
-    fields = sampled_fields(full, trie)
+    full, trie, unknown = np.log([0.2, 0.3]), np.log([0.4, 0.5]), np.array([np.nan, np.nan])
+    fields, masked, codes_only = sampled_fields(
+        np.array([full, full, unknown]), np.array([trie, [np.nan, 0.0], trie])
+    )
     assert fields["catalogue_mass"] == pytest.approx(0.5 * 0.6)
     assert fields["trie_log_probs"] == pytest.approx([log(0.4), log(0.5)])
-    assert sampled_fields(full, np.array([np.nan, 0.0])) == {}
-    assert sampled_fields(np.array([np.nan, np.nan]), trie) == {"trie_log_probs": fields["trie_log_probs"]}
+    assert masked == {}
+    assert codes_only == {"trie_log_probs": fields["trie_log_probs"]}
     assert mean_catalogue_mass([fields, {}, {"catalogue_mass": 0.5}]) == {
         "catalogue_mass": pytest.approx(0.4)
     }

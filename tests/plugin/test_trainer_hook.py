@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ from recast_cli.core.spelling import parse
 from recast_cli.tokenizer.model import bare_tokenizer
 from recast_cli.tokenizer.vocabulary import add_semantic_ids
 from verl_recast.groups import response_fields
+from verl_recast.rollout.columns import ROLLOUT, Columns, answer_columns, store
 from verl_recast.settings import RecastSettings
 from verl_recast.trainer import PPOTrainerRecast
 
@@ -108,6 +110,67 @@ def put(
             )
     tq.kv_batch_put(keys=keys, partition_id=partition, fields=list_of_dict_to_tensordict(records), tags=tags)
     return KVBatchMeta(partition_id=partition, keys=keys, tags=tags, extra_info={})
+
+
+def put_pairs_only(tokenizer: Any, groups: list[tuple[int, list[str]]], partition: str) -> KVBatchMeta:
+    """The rows of `put` as our agent loop stores them for a hook that keeps pairs: `columns.store`."""
+    batch = put(tokenizer, groups, f"{partition}-whole")
+    data = tq.kv_batch_get(keys=batch.keys, partition_id=f"{partition}-whole")
+    order = sorted(range(len(batch.keys)), key=lambda row: (batch.keys[row].split("_")[0], batch.keys[row]))
+    rows = {name: data[name].unbind() for name in ("prompts", "responses", "rm_scores")}
+    columns = {name: list(data[name]) for name in ("uid", "index", "reward_model", "extra_fields")}
+    tags = []
+    for row in order:
+        info = columns["extra_fields"][row]["reward_extra_info"]
+        facts = {"index": columns["index"][row], "response": rows["responses"][row].tolist()}
+        facts |= {"reward": info["hit"], "structural_score": info["structural_score"]}
+        tags.append({**batch.tags[row], ROLLOUT: facts})
+    keys = [batch.keys[row] for row in order]
+    uids = list(dict.fromkeys(columns["uid"][row] for row in order))
+    b_N = np.array([uids.index(columns["uid"][row]) for row in order])
+    prompt_of = {columns["uid"][row]: rows["prompts"][row].tolist() for row in order}
+    answers = torch.stack([rows["responses"][row] for row in order])
+    rewards = np.array([float(rows["rm_scores"][row].sum()) for row in order])
+    stored = Columns(
+        len(order),
+        {
+            **{name: [column[row] for row in order] for name, column in columns.items()},
+            **answer_columns(answers, rewards),
+            "rollout_log_probs": torch.full((len(order), 3), -0.5),
+        },
+    )
+    asyncio.run(store(partition, keys, stored, tags, [prompt_of[uid] for uid in uids], b_N, whole=False))
+    return KVBatchMeta(partition_id=partition, keys=keys, tags=tags, extra_info={})
+
+
+def test_rollouts_without_their_prompts_give_the_same_pairs(tokenizer: Any) -> None:
+    groups = [EMPTY, HIT, ALL_HIT, (12, EMPTY[1])]
+    expected_metrics: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
+    expected = trainer(tokenizer, 4)._balance_batch(put(tokenizer, groups, "full"), expected_metrics)
+    batch = put_pairs_only(tokenizer, groups, "thin")
+    # Before the hook only the first rollout of a group has its prompt.
+    first = [key for key in batch.keys if key.split("_")[1] == "0"]
+    assert "input_ids" in tq.kv_batch_get(keys=first, partition_id="thin").keys()  # noqa: SIM118
+    assert "input_ids" not in tq.kv_batch_get(keys=batch.keys, partition_id="thin").keys()  # noqa: SIM118
+    small = trainer(tokenizer, 4)._balance_batch(batch, metrics)
+    assert metrics == expected_metrics
+    assert (
+        small.keys[:6] == expected.keys[:6] == ["u4_1_0", "u4_2_0", "u9_2_0", "u9_1_0", "u12_2_0", "u12_1_0"]
+    )
+    found = tq.kv_batch_get(keys=small.keys, partition_id="thin")
+    wanted = tq.kv_batch_get(keys=expected.keys, partition_id="full")
+    for name in (
+        "prompts",
+        "responses",
+        "input_ids",
+        "position_ids",
+        "response_mask",
+        "loss_mask",
+        "rm_scores",
+    ):
+        for one, other in zip(found[name].unbind(), wanted[name].unbind(), strict=True):
+            assert torch.equal(one, other), name
 
 
 def test_the_anchor_takes_the_farthest_miss_and_all_but_the_pairs_is_cleared(tokenizer: Any) -> None:

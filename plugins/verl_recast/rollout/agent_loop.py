@@ -20,14 +20,14 @@ import transfer_queue as tq
 from tensordict import NonTensorData, NonTensorStack, TensorDict
 from verl.experimental.agent_loop import AgentLoopWorker
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ
-from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from recast_cli.core.signal import group_statistics
 from recast_cli.core.spelling import SID_BEGIN
 from recast_cli.vocabulary import encode_prompts
 from verl_recast.catalogue import require_catalogue
-from verl_recast.groups import require_own_index, response_fields
+from verl_recast.groups import require_own_index
 from verl_recast.reward import require_targets
+from verl_recast.rollout.columns import ROLLOUT, Columns, answer_columns, store
 from verl_recast.rollout.sampled import (
     mean_catalogue_mass,
     require_histories,
@@ -35,7 +35,7 @@ from verl_recast.rollout.sampled import (
     take_histories,
 )
 from verl_recast.rollout.scored import reward_infos, score_groups, with_ranks
-from verl_recast.settings import RecastSettings, RolloutSettings
+from verl_recast.settings import ESTIMATOR, RecastSettings, RolloutSettings
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,9 @@ class GroupLoopWorker(AgentLoopWorker):
         tq.init()
         self.options = RolloutSettings.from_custom(self.rollout_config.custom)
         self.catalogue = require_catalogue(self.rollout_config.custom, self.tokenizer)
-        self.seed = RecastSettings.from_algorithm(self.config.algorithm).seed
+        settings = RecastSettings.from_algorithm(self.config.algorithm)
+        self.seed = settings.seed
+        self.pairs_only = self.config.algorithm.adv_estimator == ESTIMATOR and settings.contrasts
         self.background_tasks: set[asyncio.Task] = set()
 
     async def generate_sequences(self, batch: TensorDict) -> None:  # type: ignore[override]
@@ -92,20 +94,19 @@ class GroupLoopWorker(AgentLoopWorker):
         infos = reward_infos(hits_BG, scores_BG)
         if ranked:
             infos = with_ranks(infos, targets, codes_BGL, valid_BG)
-        keys, fields, tags = self._records(rows, prompts, out, infos)
-        await tq.async_kv_batch_put(
-            keys=keys, fields=list_of_dict_to_tensordict(fields), tags=tags, partition_id=partition
-        )
+        keys, columns, tags, b_N = self._records(rows, prompts, out, infos)
+        whole = validate or not self.pairs_only
+        await store(partition, keys, columns, tags, prompts, b_N, whole=whole)
         if self.options.log:
             present_BG = codes_BGL[:, :, 0] >= 0
             line = {
                 "step": int(rows[0]["global_steps"]),
                 "partition": partition,
                 "prompts": len(rows),
-                "rollouts": len(fields),
+                "rollouts": len(keys),
                 **group_statistics(hits_BG, scores_BG, codes_BGL, valid_BG, present_BG),
-                **mean_catalogue_mass([record["extra_fields"] for record in fields]),
-                "sha256": _digest(fields),
+                **mean_catalogue_mass(columns["extra_fields"]),
+                "sha256": _digest(columns, prompts, b_N),
             }
             with open(self.options.log, "a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
@@ -175,26 +176,42 @@ class GroupLoopWorker(AgentLoopWorker):
         prompts: list[list[int]],
         out: dict[str, Any],
         infos: list[list[dict[str, float]]],
-    ) -> tuple[list[str], list[dict[str, Any]], list[dict[str, Any]]]:
-        """TransferQueue keys, fields and tags of every rollout; a missing answer (-1) leaves no record."""
-        codes_BGL, log_probs_BGL = out["codes_BGL"], out["log_probs_BGL"]
-        trie_log_probs_BGL = out.get("trie_log_probs_BGL")  # a replay has none
-        actors_BGL = log_probs_BGL
-        if self.options.masked_actor and trie_log_probs_BGL is not None:
-            actors_BGL = trie_log_probs_BGL
-        tokens_BGL = torch.from_numpy(self.catalogue.token_ids(codes_BGL))
-        keys, fields, tags = [], [], []
-        for b, g in np.argwhere((codes_BGL >= 0).all(axis=-1)).tolist():
-            record = _record(rows[b], prompts[b], tokens_BGL[b, g], infos[b][g], out["global_steps"])
-            record["session_id"] = g
-            if self.rollout_config.calculate_log_probs:
-                record["rollout_log_probs"] = torch.from_numpy(actors_BGL[b, g]).float()
-            if trie_log_probs_BGL is not None:
-                record["extra_fields"] |= sampled_fields(log_probs_BGL[b, g], trie_log_probs_BGL[b, g])
-            keys.append(f"{rows[b]['uid']}_{g}_0")
-            fields.append(record)
-            tags.append(_tag(record, int(rows[b]["global_steps"]), out["global_steps"]))
-        return keys, fields, tags
+    ) -> tuple[list[str], Columns, list[dict[str, Any]], np.ndarray]:
+        """TransferQueue keys, columns, tags and prompt of every rollout; a missing answer leaves no row."""
+        codes_BGL = out["codes_BGL"]
+        b_N, g_N = np.nonzero((codes_BGL >= 0).all(axis=-1))
+        places = list(zip(b_N.tolist(), g_N.tolist(), strict=True))
+        log_probs_NL = out["log_probs_BGL"][b_N, g_N]
+        sampled: list[dict[str, Any]] = [{}] * len(places)
+        actors_NL = log_probs_NL
+        if "trie_log_probs_BGL" in out:  # a replay has none
+            trie_NL = out["trie_log_probs_BGL"][b_N, g_N]
+            sampled = sampled_fields(log_probs_NL, trie_NL)
+            actors_NL = trie_NL if self.options.masked_actor else log_probs_NL
+        steps = dict.fromkeys(("global_steps", "min_global_steps", "max_global_steps"), out["global_steps"])
+        common = {"producer": "rollout", **steps}
+        hits_N = np.array([infos[b][g]["hit"] for b, g in places])
+        tokens_NL = torch.from_numpy(self.catalogue.token_ids(codes_BGL[b_N, g_N]))
+        columns = Columns(
+            len(places),
+            {
+                **{name: [rows[b][name] for b, _ in places] for name in DATASET_FIELDS if name in rows[0]},
+                **answer_columns(tokens_NL, hits_N),
+                "num_turns": [2] * len(places),
+                "extra_fields": [
+                    {"reward_extra_info": infos[b][g], **common, **more}
+                    for (b, g), more in zip(places, sampled, strict=True)
+                ],
+                "session_id": g_N.tolist(),
+            },
+        )
+        if self.rollout_config.calculate_log_probs:
+            columns["rollout_log_probs"] = torch.from_numpy(actors_NL).float()
+        tags = [
+            _tag(rows[b], len(prompts[b]), answer, infos[b][g], out["global_steps"], more)
+            for (b, g), answer, more in zip(places, tokens_NL.tolist(), sampled, strict=True)
+        ]
+        return [f"{rows[b]['uid']}_{g}_0" for b, g in places], columns, tags, b_N
 
 
 def require_answer_next(tokenizer: Any, prompts: list[list[int]]) -> None:
@@ -213,46 +230,42 @@ def require_answer_next(tokenizer: Any, prompts: list[list[int]]) -> None:
             )
 
 
-def _record(
-    row: dict[str, Any], prompt: list[int], response: torch.Tensor, info: dict[str, float], weights_step: int
+def _tag(
+    row: dict[str, Any],
+    prompt_len: int,
+    answer: list[int],
+    info: dict[str, float],
+    weights_step: int,
+    sampled: dict[str, Any],
 ) -> dict[str, Any]:
-    """The fields of one rollout, as verl's own agent loop writes them."""
-    prompt_ids = torch.tensor(prompt, dtype=torch.int64)
-    steps = dict.fromkeys(("global_steps", "min_global_steps", "max_global_steps"), weights_step)
-    fields: dict[str, Any] = {name: row[name] for name in DATASET_FIELDS if name in row}
-    fields |= {
-        "prompts": prompt_ids,
-        **response_fields(prompt_ids, response, info["hit"]),
-        "num_turns": 2,
-        "extra_fields": {
-            "reward_extra_info": info,
-            "producer": "rollout",
-            **steps,
-        },
-    }
-    return fields
-
-
-def _tag(record: dict[str, Any], step: int, weights_step: int) -> dict[str, Any]:
-    """What verl's replay buffer and metrics read without fetching the record."""
-    prompt_len, response_len = len(record["prompts"]), len(record["responses"])
+    """What verl's replay buffer and metrics read without fetching a row, and what our trainer's hook does."""
+    facts = {"index": int(row["index"]), "response": answer, "reward": info["hit"]}
+    facts["structural_score"] = info["structural_score"]
+    if "catalogue_mass" in sampled:
+        facts["catalogue_mass"] = sampled["catalogue_mass"]
     return {
         "status": "success",
         "prompt_len": prompt_len,
-        "response_len": response_len,
-        "seq_len": prompt_len + response_len,
-        "global_steps": step,
+        "response_len": len(answer),
+        "seq_len": prompt_len + len(answer),
+        "global_steps": int(row["global_steps"]),
         "min_global_steps": weights_step,
         "max_global_steps": weights_step,
+        ROLLOUT: facts,
     }
 
 
-def _digest(fields: list[dict[str, Any]]) -> str:
+def _digest(columns: Columns, prompts: list[list[int]], b_N: np.ndarray) -> str:
     """Hash of the rollouts as they were stored: row, rollout number, tokens and reward, in that order."""
     digest = hashlib.sha256()
-    for record in sorted(fields, key=lambda record: (int(record["index"]), record["session_id"])):
-        digest.update(f"{record['index']} {record['session_id']} ".encode())
-        digest.update(record["input_ids"].numpy().tobytes() + record["rm_scores"].numpy().tobytes())
+    places = [
+        (int(index), session) for index, session in zip(columns["index"], columns["session_id"], strict=True)
+    ]
+    heads = [np.array(prompt, dtype=np.int64).tobytes() for prompt in prompts]
+    tokens_NL, scores_NL = columns["responses"].numpy(), columns["rm_scores"].numpy()
+    for n in sorted(range(len(places)), key=places.__getitem__):
+        digest.update(f"{places[n][0]} {places[n][1]} ".encode())
+        digest.update(heads[b_N[n]] + tokens_NL[n].tobytes() + scores_NL[n].tobytes())
     return digest.hexdigest()
 
 

@@ -1,10 +1,11 @@
 """What a rollout brings along: the history of its row, and how probable it was.
 
-Shapes: L levels.
+Shapes: N rollouts, L levels.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,15 +41,19 @@ def require_histories(rows: Sequence[dict[str, Any]]) -> list[list[int]]:
     return [row[HISTORY] for row in rows]
 
 
-def sampled_fields(log_probs_L: np.ndarray, trie_log_probs_L: np.ndarray) -> dict[str, Any]:
-    """`trie_log_probs`, and `catalogue_mass`: the share of the model's probability that the mask left in,
-    product over the levels; each where the sampler knew what it takes."""
-    if np.isnan(trie_log_probs_L).any():
-        return {}
-    if np.isnan(log_probs_L).any():
-        return {"trie_log_probs": trie_log_probs_L.tolist()}
-    mass = float(np.exp(log_probs_L.astype(np.float64).sum() - trie_log_probs_L.astype(np.float64).sum()))
-    return {"trie_log_probs": trie_log_probs_L.tolist(), "catalogue_mass": mass}
+def sampled_fields(log_probs_NL: np.ndarray, trie_log_probs_NL: np.ndarray) -> list[dict[str, Any]]:
+    """Of each rollout `trie_log_probs`, and `catalogue_mass`: the share of the model's probability that the
+    mask left in, product over the levels; each where the sampler knew what it takes."""
+    full_N, trie_N = (values.astype(np.float64).sum(axis=1) for values in (log_probs_NL, trie_log_probs_NL))
+    found = []
+    for log_probs, mass in zip(trie_log_probs_NL.tolist(), np.exp(full_N - trie_N).tolist(), strict=True):
+        fields: dict[str, Any] = {}
+        if not any(map(math.isnan, log_probs)):
+            fields["trie_log_probs"] = log_probs
+            if not math.isnan(mass):
+                fields["catalogue_mass"] = mass
+        found.append(fields)
+    return found
 
 
 def mean_catalogue_mass(extra_fields: Sequence[dict[str, Any]]) -> dict[str, float]:
