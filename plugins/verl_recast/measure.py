@@ -1,6 +1,6 @@
-"""Cost of each actor phase, measured where it happens: inside the worker process.
+"""Cost of each phase, measured where it happens: in the process of the actor's worker or of the SID engine.
 
-`RECAST_MEASURE=FILE` appends one JSON line per engine call. `RECAST_MEASURE_MEMORY_FROM=K` tracks memory
+`RECAST_MEASURE=FILE` appends one JSON line per call. `RECAST_MEASURE_MEMORY_FROM=K` tracks memory
 from the K-th call of each phase on (calls count from 1): tracking slows a call down, so the calls before it
 are for timing and the others for memory. Without the first variable nothing is measured.
 """
@@ -94,11 +94,10 @@ def phase_name(*, reference: bool, forward_only: bool) -> str:
     return "old_log_prob" if forward_only else "actor_update"
 
 
-def _resident_bytes(engine: Any) -> int:
+def _resident_bytes(module: torch.nn.Module, optimizer: Any) -> int:
     """Bytes of the weights, gradients and optimiser state that are there before the call."""
-    tensors = [*engine.module.parameters(), *engine.module.buffers()]
-    tensors += [p.grad for p in engine.module.parameters() if p.grad is not None]
-    optimizer = getattr(engine, "optimizer", None)
+    tensors = [*module.parameters(), *module.buffers()]
+    tensors += [p.grad for p in module.parameters() if p.grad is not None]
     if optimizer is not None:
         tensors += [
             t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)
@@ -115,12 +114,13 @@ def _tracker(name: str, on_gpu: bool) -> AllocationTracker | AcceleratorPeak | N
 
 
 @contextlib.contextmanager
-def phase(name: str, engine: Any, data: Any) -> Iterator[None]:
-    """Measure one engine call if `RECAST_MEASURE` names a file; else do nothing.
+def phase(name: str, module: torch.nn.Module, data: Any = None, optimizer: Any = None) -> Iterator[None]:
+    """Measure one call if `RECAST_MEASURE` names a file; else do nothing.
 
     Args:
-        name: Phase, see `phase_name`, or `optimizer`.
-        engine: verl's engine: `module` and, where it trains, `optimizer`.
+        name: Phase, see `phase_name`, or `optimizer`, or `rollout`.
+        module: The model.
+        optimizer: Where there is one: its state is memory too.
         data: The call's TensorDict with a jagged `input_ids`; None where there is none.
     """
     path = os.environ.get("RECAST_MEASURE")
@@ -128,8 +128,8 @@ def phase(name: str, engine: Any, data: Any) -> Iterator[None]:
         yield
         return
     _calls[name] += 1
-    on_gpu = next(engine.module.parameters()).device.type == "cuda"
-    resident = _resident_bytes(engine)
+    on_gpu = next(module.parameters()).device.type == "cuda"
+    resident = _resident_bytes(module, optimizer)
     tracker = _tracker(name, on_gpu)
     if on_gpu:
         torch.cuda.synchronize()  # earlier work must not be counted here, nor this call's later
@@ -165,12 +165,12 @@ def wrap(engine_class: type) -> None:
     @functools.wraps(forward_backward)
     def measured_batch(self: Any, data: Any, loss_function: Any, forward_only: bool = False) -> Any:
         name = phase_name(reference=self.engine_config.forward_only, forward_only=forward_only)
-        with phase(name, self, data):
+        with phase(name, self.module, data, getattr(self, "optimizer", None)):
             return forward_backward(self, data, loss_function, forward_only)
 
     @functools.wraps(step)
     def measured_step(self: Any) -> Any:
-        with phase("optimizer", self, None):
+        with phase("optimizer", self.module, optimizer=self.optimizer):
             return step(self)
 
     engine_class.forward_backward_batch = measured_batch  # type: ignore[attr-defined]

@@ -104,11 +104,12 @@ def test_a_call_is_described(log: Path, monkeypatch: pytest.MonkeyPatch) -> None
     masks_nested = torch.nested.as_nested_tensor(masks, layout=torch.jagged)
     data = tu.get_tensordict({"input_ids": ids, "loss_mask": masks_nested}, {})
     for _ in range(2):
-        with phase("actor_update", engine(), data):
+        made = engine()
+        with phase("actor_update", made.module, data, made.optimizer):
             kept = torch.ones(1000)
     trained = engine()
     trained.module(torch.ones(1, 3)).sum().backward()
-    with phase("optimizer", trained, None):
+    with phase("optimizer", trained.module, optimizer=trained.optimizer):
         del kept
     first, second, optimizer = [json.loads(line) for line in log.read_text().splitlines()]
     assert (first["phase"], first["call"], second["call"]) == ("actor_update", 1, 2)
@@ -136,7 +137,7 @@ def test_a_shared_prompt_is_read_once(log: Path) -> None:
         name: torch.nested.as_nested_tensor(list(map(torch.tensor, column)), layout=torch.jagged)
         for name, column in columns.items()
     }
-    with phase("actor_update", engine(), tu.get_tensordict(nested, {SHARED: True})):
+    with phase("actor_update", engine().module, tu.get_tensordict(nested, {SHARED: True})):
         pass
     found = json.loads(log.read_text())
     assert (found["rows"], found["padding_rows"]) == (3, 1)
@@ -149,7 +150,7 @@ def test_every_engine_below_a_wrapped_class_is_measured(log: Path) -> None:
     class Engine:
         def __init__(self, *, reference: bool) -> None:
             self.module = torch.nn.Linear(3, 2)
-            self.engine_config = types.SimpleNamespace(forward_only=reference)
+            self.engine_config, self.optimizer = types.SimpleNamespace(forward_only=reference), None
 
         def forward_backward_batch(self, data: Any, loss: Any, forward_only: bool = False) -> tuple[Any, ...]:
             return loss, forward_only

@@ -13,6 +13,7 @@ from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.rollout.replica import TokenOutput
 
 from recast_cli.core.seeding import hash64
+from verl_recast import measure
 from verl_recast.catalogue import require_catalogue
 from verl_recast.rollout.group_sampling import draw_groups, require_sampling
 from verl_recast.settings import RolloutSettings, num_threads
@@ -77,21 +78,22 @@ class SIDServer:
         """
         if self.global_steps is None:
             raise RuntimeError("the rollout server has no weights yet")
-        group = draw_groups(
-            self.model,
-            self.catalogue,
-            prompts,
-            index_B,
-            num_rollouts,
-            sampling="beam" if temperature == 0 else sampling,
-            step=step,
-            seed=seed,
-            temperature=temperature,
-            top_p=top_p,
-            history=history,
-            full_vocabulary=bool(self.config.calculate_log_probs),
-            token_budget=self.token_budget,
-        )
+        with measure.phase("rollout", self.model):
+            group = draw_groups(
+                self.model,
+                self.catalogue,
+                prompts,
+                index_B,
+                num_rollouts,
+                sampling="beam" if temperature == 0 else sampling,
+                step=step,
+                seed=seed,
+                temperature=temperature,
+                top_p=top_p,
+                history=history,
+                full_vocabulary=bool(self.config.calculate_log_probs),
+                token_budget=self.token_budget,
+            )
         return {
             "codes_BGL": _numpy(group.codes_BGL),
             "log_probs_BGL": _numpy(group.log_probs_BGL),
