@@ -105,6 +105,10 @@ class RL(Section):
         description="log-probs of rollouts over the whole vocabulary, which verl compares with the actor's; "
         "without them engine sid computes the logits of codes alone",
     )
+    on_policy: bool = Field(
+        False,
+        description="one update a step: old log-probs come out of its own forward pass",
+    )
     share_prompt: bool = Field(False, description="actor and reference read the prompt of a group once")
     learning_rate: Rate = 2e-6
     warmup_steps: Annotated[int, Field(ge=0)] = 10
@@ -127,6 +131,19 @@ class RL(Section):
             raise ValueError(
                 f"prompts_per_step {self.prompts_per_step} is no multiple of "
                 f"mini_batch_prompts {self.mini_batch_prompts}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _updates_once(self) -> RL:
+        if self.on_policy and self.updates_per_step > 1:
+            raise ValueError(
+                f"on_policy needs one update a step, mini_batch_prompts {self.mini_batch_prompts} makes "
+                f"{self.updates_per_step}: the second one meets another policy"
+            )
+        if self.on_policy and self.sampled_log_probs:
+            raise ValueError(
+                "on_policy needs sampled_log_probs false: the actor has no log-probs to compare them with"
             )
         return self
 

@@ -421,6 +421,15 @@ def test_the_most_probable_negative_needs_log_probs(write) -> None:
             load_recipe(path, [*options, *more, "rl.sampled_log_probs=false"])
 
 
+def test_one_forward_pass_needs_one_update_and_nothing_to_compare(write) -> None:
+    path, options = write(MINIMAL), ["rl.on_policy=true", "rl.sampled_log_probs=false"]
+    load_recipe(path, options)
+    with pytest.raises(RecipeError, match=r"mini_batch_prompts 4 makes 4: the second one meets another"):
+        load_recipe(path, [*options, "rl.mini_batch_prompts=4"])
+    with pytest.raises(RecipeError, match=r"on_policy needs sampled_log_probs false"):
+        load_recipe(path, options[:1])
+
+
 def test_what_vllm_cannot_do_is_refused(write) -> None:
     path, likeliest = write(MINIMAL), ["method.tie_rule=most-probable", "rl.temperature=0.7"]
     load_recipe(path, [likeliest[0], "rollout=vllm", "rl.sampling=beam"])

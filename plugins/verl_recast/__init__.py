@@ -9,6 +9,7 @@ Importing it only plants import hooks; each piece registers itself when verl imp
 - rollout engine `recast_vllm`  actor_rollout_ref.rollout.name=recast_vllm
 - masked actor                  actor_rollout_ref.rollout.custom.masked_actor=true
 - shared prompts                actor_rollout_ref.rollout.custom.share_prompt=true
+- one forward pass an update    actor_rollout_ref.rollout.custom.on_policy=true
 - platform `cpu`                environment variable VERL_PLATFORM=cpu
 - cost of each engine call      environment variable RECAST_MEASURE=FILE (`recast profile`)
 
@@ -41,6 +42,11 @@ def _check_config_early() -> None:
         mode = (config.trainer.get("v1") or {}).get("trainer_mode")
         # The seed is of the rollouts too, which any trainer may have.
         asked = set(config.algorithm.get("recast") or {}) - {"seed"}
+        asked |= (
+            {"on_policy"}
+            if (config.actor_rollout_ref.rollout.get("custom") or {}).get("on_policy")
+            else set()
+        )
         if mode == "recast" or config.algorithm.get("adv_estimator") == "recast" or asked:
             require_tested(*HOST)
             from verl_recast.check_config import check_config
@@ -110,8 +116,9 @@ def _register_engine() -> None:
 def _extend_workers() -> None:
     from verl.workers.engine_workers import ActorRolloutRefWorker
 
-    from verl_recast import masked_actor, shared_prompts
+    from verl_recast import masked_actor, on_policy, shared_prompts
 
+    on_policy.detach_workers(ActorRolloutRefWorker)
     masked_actor.mask_workers(ActorRolloutRefWorker)
     shared_prompts.share_workers(ActorRolloutRefWorker)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from verl_recast import ROLLOUT_NAME, VLLM_ROLLOUT_NAME, masked_actor, shared_prompts
+from verl_recast import ROLLOUT_NAME, VLLM_ROLLOUT_NAME, masked_actor, on_policy, shared_prompts
 from verl_recast.actor_options import wanted
 from verl_recast.settings import ESTIMATOR, TRAINER_MODE, RecastSettings, RolloutSettings
 
@@ -41,6 +41,8 @@ def check_config(config: Any) -> None:
         masked_actor.require_maskable(worker)
     if wanted(worker, shared_prompts.OPTION):
         shared_prompts.require_shareable(worker)
+    if wanted(worker, on_policy.OPTION):
+        on_policy.require_one_update(config)
     if settings.tie_rule == "most-probable":
         needed = "True (algorithm.recast.tie_rule=most-probable compares sampling log-probs)"
         found = worker.rollout.calculate_log_probs
@@ -64,6 +66,8 @@ def _check_arm(config: Any, settings: RecastSettings) -> None:
         found = f"trainer.v1.trainer_mode is {mode}" if v1 else "trainer.use_v1 is False"
         needed = TRAINER_MODE if v1 else "True"
         asks = f"algorithm.adv_estimator={ESTIMATOR}" if estimator == ESTIMATOR else "algorithm.recast"
+        if wanted(config.actor_rollout_ref, on_policy.OPTION):
+            asks = f"actor_rollout_ref.rollout.custom.{on_policy.OPTION}"
         raise ValueError(
             f"{found}, {asks} needs {needed}: no other trainer repairs and selects, and an asynchronous one "
             "takes groups apart before they could be"

@@ -110,6 +110,7 @@ class RolloutSettings:
         exclude_history: No rollout answers an item of its row's `extra_info.history`.
         masked_actor: Log-probs of actor and reference are those over the trie.
         share_prompt: Actor and reference read the prompt of a group once.
+        on_policy: Old log-probs come out of the update's own forward pass.
         token_budget: Most tokens that the SID engine reads at once; 0 leaves it the choice.
         log: File that gets a JSON line per batch of prompts: the statistics of its groups, a hash of them.
         replay: Recording to answer from (`replay.py`).
@@ -122,6 +123,7 @@ class RolloutSettings:
     exclude_history: bool = False
     masked_actor: bool = False
     share_prompt: bool = False
+    on_policy: bool = False
     token_budget: int = 0
     log: str | None = None
     replay: str | None = None

@@ -27,6 +27,8 @@ from verl.utils.py_functional import rename_dict
 from recast_cli.core.contrast import Selection, select_pairs
 from recast_cli.core.seeding import tie_keys
 from recast_cli.core.signal import group_statistics
+from verl_recast import on_policy
+from verl_recast.actor_options import wanted
 from verl_recast.anchors import anchor_fields, choose_targets, is_anchor
 from verl_recast.answers import AnswerReader
 from verl_recast.catalogue import find_catalogue
@@ -195,8 +197,10 @@ class PPOTrainerRecast(PPOTrainerSync):
         """As verl does, but anchors leave its comparison of rollout with actor: nobody sampled them.
 
         An anchor was stored with zeros for sampling log-probs (`_put_anchors`); the actor's own take their
-        place, so that the ratio is 1 wherever verl forms one.
+        place, so that the ratio is 1 wherever verl forms one. With `on_policy` the update finds its own.
         """
+        if wanted(self.config.actor_rollout_ref, on_policy.OPTION):
+            return batch
         anchors = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if is_anchor(tag)]
         batch = super()._compute_old_log_prob(batch, metrics)
         if not anchors or not self.config.actor_rollout_ref.rollout.calculate_log_probs:

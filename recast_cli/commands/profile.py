@@ -143,6 +143,7 @@ def _settings(recipe: Recipe, steps: int) -> Recipe:
         "sampling": "iid",
         "top_p": 1.0,
         "exclude_history": False,
+        "on_policy": False,  # all three passes are measured; that option leaves the first one out
     }
     return recipe.model_copy(update={"rollout": "sid", "rl": recipe.rl.model_copy(update=rl)})
 

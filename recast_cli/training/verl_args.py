@@ -181,7 +181,7 @@ def _rollout_options(recipe: Recipe, prompt_length: int, num_levels: int, log: P
     if log is not None:
         custom["log"] = quoted(log)
     # Only what differs from the engine's defaults: the command stays short.
-    for name in ("sampling", "exclude_history", "masked_actor", "share_prompt"):
+    for name in ("sampling", "exclude_history", "masked_actor", "share_prompt", "on_policy"):
         if (chosen := getattr(recipe.rl, name)) != RL.model_fields[name].default:
             custom[name] = chosen
     options = {
@@ -256,7 +256,10 @@ def _method_options(recipe: Recipe) -> dict[str, Any]:
     method = recipe.method
     seed = {"+algorithm.recast.seed": recipe.seed}  # of the rollouts too: every method draws alike
     if method.name not in (*CONTRASTING, *REPAIRING):
-        return {"trainer.v1.trainer_mode": "sync", "algorithm.adv_estimator": "grpo", **seed}
+        mode = {"trainer.v1.trainer_mode": "sync"}
+        if recipe.rl.on_policy:  # our trainer leaves the pass out, and does nothing else here
+            mode = {"trainer.v1.trainer_mode": "recast", "+algorithm.recast.arm": "stock"}
+        return {**mode, "algorithm.adv_estimator": "grpo", **seed}
     # A group that was only repaired is normalised like any other.
     estimator = "recast" if method.name in CONTRASTING else "grpo"
     options = {"trainer.v1.trainer_mode": "recast", "algorithm.adv_estimator": estimator}

@@ -5,8 +5,9 @@
 CASES.pt holds a list of dicts: `columns` (name -> list of tensors, one for each row in rank-major order),
 `extra` (what the trainer sends beside the rows), `actor` (fields of verl's actor config to set). It may hold
 `tokenizer`, a folder to whose catalogue this case and all after it are masked, `share`, from which case on
-prompts are shared, and `infer`. OUT.pt gets, for each case, the gradient before every optimiser step, or with
-`infer` the log-probs and entropies of every token, then the tokens that each call of the model read.
+prompts are shared, `on_policy`, and `infer`. OUT.pt gets, for each case, the gradient before every optimiser
+step, or with `infer` the log-probs and entropies of every token, then the tokens that each call of the model
+read.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from verl.workers.utils.losses import ppo_loss
 
 from verl_recast.catalogue import Catalogue
 from verl_recast.masked_actor import mask_engine
+from verl_recast.on_policy import with_own_log_probs
 from verl_recast.shared_engine import share_engine
 
 
@@ -98,7 +100,8 @@ def main() -> None:
     for case in torch.load(cases_file):
         for name, value in case["actor"].items():
             object.__setattr__(actor, name, value)
-        worker.set_loss_fn(partial(ppo_loss, config=actor))
+        loss = partial(ppo_loss, config=actor)
+        worker.set_loss_fn(with_own_log_probs(loss) if case.get("on_policy") else loss)
         folder = case.get("tokenizer")
         if folder and not masked:
             mask_engine(engine, Catalogue.load(folder))

@@ -69,6 +69,29 @@ def test_shared_prompts_need_an_engine_that_reads_whole_rows() -> None:
             check_config(config(custom, override))
 
 
+def test_one_forward_pass_an_update_needs_one_update_a_batch_and_nobody_else_who_asks() -> None:
+    prefix = "actor_rollout_ref"
+    good = (
+        f"+{prefix}.rollout.custom={{on_policy: true, tokenizer: t}}",
+        f"{prefix}.rollout.calculate_log_probs=False",
+        f"{prefix}.actor.ppo_mini_batch_size=8",
+    )
+    check_config(config(*good))
+    check_config(config(*good, *arm("stock", "grpo")))
+    for override, message in (
+        (f"{prefix}.actor.ppo_mini_batch_size=4", "ppo_mini_batch_size is 4, needs data.train_batch_size=8"),
+        (f"{prefix}.actor.ppo_epochs=2", "ppo_epochs is 2, needs 1"),
+        (f"{prefix}.rollout.calculate_log_probs=True", "calculate_log_probs is True, needs False"),
+        ("algorithm.use_kl_in_reward=True", "use_kl_in_reward is True, needs False"),
+        ("algorithm.rollout_correction.rollout_is=token", "rollout_correction.rollout_is is set, needs null"),
+    ):
+        with pytest.raises(ValueError, match=rf"custom\.on_policy: .*{message}"):
+            check_config(config(*good, override, *arm("stock", "grpo")))
+    needed = r"trainer_mode is sync, actor_rollout_ref\.rollout\.custom\.on_policy needs recast"
+    with pytest.raises(ValueError, match=needed):
+        check_config(config(*good, "trainer.v1.trainer_mode=sync", "algorithm.adv_estimator=grpo"))
+
+
 def test_a_masked_actor_needs_the_catalogue_and_whole_logits() -> None:
     custom = "+actor_rollout_ref.rollout.custom={masked_actor: true, tokenizer: t}"
     engine = "actor_rollout_ref.rollout.name=recast_sid"

@@ -144,6 +144,32 @@ def test_repair_alone_trains_on_whole_groups_and_validates_exactly(
     assert not [name for found in job.metrics for name in found if "best@" in name], "verl's bootstrap"
 
 
+@pytest.mark.parametrize("method", ["recast", "grpo"])
+def test_one_forward_pass_makes_the_update_of_two(
+    recast_job: Job, workspace: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    measured = workspace / f"on-policy-{method}.jsonl"
+    monkeypatch.setenv("RECAST_MEASURE", str(measured))
+    options = ["rl.on_policy=true", "rl.sampled_log_probs=false", "rl.steps=1", f"method.name={method}"]
+    job = succeed(train(workspace, f"on-policy-{method}", *options))
+    phases = [json.loads(line)["phase"] for line in measured.read_text(encoding="utf-8").splitlines()]
+    assert phases == ["rollout", "ref_log_prob", "actor_update", "optimizer"]
+    (found,) = job.metrics
+    first = recast_job.metrics[0]
+    assert found["signal/hit_rate"] == first["signal/hit_rate"], "the same rollouts"
+    assert found["actor/ppo_kl"] == 0 and found["actor/pg_clipfrac"] == 0
+    if method == "grpo":
+        assert found["signal/kept_samples"] == PROMPTS * GROUP
+        return
+    assert found["actor/grad_norm"] == pytest.approx(first["actor/grad_norm"], rel=1e-5)
+    saved = recast_job.out / "checkpoints" / "global_step_1" / "actor" / "huggingface"
+    start = weights(workspace / "warm_start" / "model")
+    ours, theirs = weights(job.out / "model"), weights(saved)
+    for name, weight in theirs.items():
+        step, other = weight - start[name], ours[name] - start[name]
+        assert float((step - other).norm()) <= 1e-3 * float(step.norm()), name
+
+
 def test_contrast_alone_under_the_full_batch_scale_skips_the_empty_groups(
     recast_job: Job, workspace: Path
 ) -> None:

@@ -272,6 +272,19 @@ def test_the_control_makes_as_many_updates_as_rl_at_the_same_rates(make_recipe, 
     assert run.num_records(make_recipe(rl={**rl, "validate_every": 2})) == 6  # and the start
 
 
+@pytest.mark.parametrize("name", ["grpo", "recast", "repair-only"])
+def test_on_policy_is_our_trainers_business_under_any_method(make_recipe, name: str) -> None:
+    from verl_recast.check_config import check_config
+
+    section = {"on_policy": True, "sampled_log_probs": False}
+    config = composed("verl.trainer.main_ppo", rl(make_recipe(method={"name": name}, rl=section)))
+    check_config(config)
+    assert config.trainer.v1.trainer_mode == "recast"
+    assert config.actor_rollout_ref.rollout.custom.on_policy is True
+    assert config.algorithm.recast.arm == {"grpo": "stock"}.get(name, name)
+    assert config.algorithm.adv_estimator == ("recast" if name == "recast" else "grpo")
+
+
 # -- the rollout engine ----------------------------------------------------------------------------------
 
 
