@@ -2,7 +2,9 @@
 
 `RECAST_MEASURE=FILE` appends one JSON line per call. `RECAST_MEASURE_MEMORY_FROM=K` tracks memory
 from the K-th call of each phase on (calls count from 1): tracking slows a call down, so the calls before it
-are for timing and the others for memory. Without the first variable nothing is measured.
+are for timing and the others for memory. `RECAST_TRACE=FOLDER` and `RECAST_TRACE_CALL=K` write what torch's
+profiler sees in the K-th call of each phase, as a Chrome trace of its own. Without the first variable nothing
+is measured.
 """
 
 from __future__ import annotations
@@ -114,6 +116,23 @@ def _tracker(name: str, on_gpu: bool) -> AllocationTracker | AcceleratorPeak | N
 
 
 @contextlib.contextmanager
+def _traced(name: str, on_gpu: bool) -> Iterator[None]:
+    """torch's profiler around the call that `RECAST_TRACE_CALL` names."""
+    folder = os.environ.get("RECAST_TRACE")
+    if not folder or _calls[name] != int(os.environ["RECAST_TRACE_CALL"]):
+        yield
+        return
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    with profile(activities=activities) as profiler, record_function(name):
+        yield
+    os.makedirs(folder, exist_ok=True)
+    rank = os.environ.get("RANK", "0")
+    profiler.export_chrome_trace(os.path.join(folder, f"{name}-{rank}.json"))
+
+
+@contextlib.contextmanager
 def phase(name: str, module: torch.nn.Module, data: Any = None, optimizer: Any = None) -> Iterator[None]:
     """Measure one call if `RECAST_MEASURE` names a file; else do nothing.
 
@@ -134,7 +153,7 @@ def phase(name: str, module: torch.nn.Module, data: Any = None, optimizer: Any =
     if on_gpu:
         torch.cuda.synchronize()  # earlier work must not be counted here, nor this call's later
     wall, cpu = time.perf_counter(), time.process_time()
-    with tracker if tracker is not None else contextlib.nullcontext():
+    with tracker if tracker is not None else contextlib.nullcontext(), _traced(name, on_gpu):
         yield
     if on_gpu:
         torch.cuda.synchronize()

@@ -27,6 +27,7 @@ def run_sweep(
     out: Path,
     steps: int,
     *,
+    traced: int,
     json_output: bool,
 ) -> None:
     """Measure every point of a sweep, print the rows, and write sweep.json, sweep.png and sweep.html.
@@ -34,7 +35,7 @@ def run_sweep(
     Args:
         model: For the points that name no size.
         texts: `NAME=VALUE,VALUE`, see `parse_points`.
-        steps: Timed steps of an arm.
+        steps, traced: Timed steps of an arm, and 1 for one more that is traced.
 
     Raises:
         RecipeError: a sweep that cannot be read, or is longer than what the model reads.
@@ -42,6 +43,7 @@ def run_sweep(
     from recast_cli.console import note, print_json, print_table
     from recast_cli.outputs import atomic_text
     from recast_cli.profiling import sweep_report as report
+    from recast_cli.profiling import trace
     from recast_cli.profiling.folder import new_folder
     from recast_cli.profiling.profile import machine
     from recast_cli.profiling.sweep import Point, parse_points
@@ -58,7 +60,7 @@ def run_sweep(
     for name in ("sweep.json", "sweep.png", "sweep.html"):  # of an earlier sweep, whose jobs are gone
         (out / name).unlink(missing_ok=True)
     rows = report.with_ratios(
-        _measure(settings, inputs, model, points, (out / "jobs").resolve(), steps), compared
+        _measure(settings, inputs, model, points, (out / "jobs").resolve(), steps, traced), compared
     )
     result = {
         "rows": rows,
@@ -80,6 +82,10 @@ def run_sweep(
         print_json(rows)
     else:
         print_table("Cost of a step, one worker alone", *report.table(rows))
+    if traced:
+        for folder in sorted((out / "jobs").glob("point-*/*/trace")):
+            arm = folder.parent
+            trace.merge(folder, out / "trace" / f"{arm.parent.name}-{arm.name}.json.gz")
     note(f"wrote {out / 'sweep.json'}, {out / 'sweep.png'} and {out / 'sweep.html'}")
 
 
@@ -136,19 +142,26 @@ def _require_runnable(points: Sequence[Point], settings: Recipe, model: Path, nu
 
 
 def _measure(
-    settings: Recipe, inputs: Inputs, model: Path, points: Sequence[Point], folder: Path, steps: int
+    settings: Recipe,
+    inputs: Inputs,
+    model: Path,
+    points: Sequence[Point],
+    folder: Path,
+    steps: int,
+    traced: int,
 ) -> list[dict[str, Any]]:
     """A row for each arm of each point."""
     from recast_cli.console import progress
     from recast_cli.core.cost import ModelShape
     from recast_cli.profiling import sweep
     from recast_cli.profiling.peak import matmul_peak
+    from recast_cli.profiling.profile import num_steps
     from recast_cli.training import placement
     from recast_cli.vocabulary import Vocabulary
 
     known = Vocabulary.load(inputs.tokenizer / "vocabulary.json")
     peak_flops = matmul_peak(placement.resolve_device(settings), placement.num_threads(settings))
-    total = len(points) * len(sweep.ARMS) * (sweep.WARM_UP + steps + sweep.MEMORY)
+    total = len(points) * len(sweep.ARMS) * num_steps(steps, traced)
     rows = []
     with progress("sweep", total) as advance:
         for number, point in enumerate(points):
@@ -160,11 +173,12 @@ def _measure(
                 point,
                 codes,
                 ModelShape.from_config(_config(chosen)),
-                _launcher(settings, chosen, codes.num_levels, lambda _: advance(1)),
+                _launcher(settings, chosen, codes.num_levels, steps, traced, lambda _: advance(1)),
                 place,
                 steps=steps,
                 seed=settings.seed,
                 peak_flops=peak_flops * settings.num_gpus,
+                traced=traced,
             )
     return rows
 
@@ -188,8 +202,16 @@ def _model(point: Point, model: Path, known: Vocabulary, folder: Path, seed: int
     return folder, facts.vocabulary
 
 
-def _launcher(settings: Recipe, model: Path, num_levels: int, on_step: Callable[[Any], None]) -> Launch:
+def _launcher(
+    settings: Recipe,
+    model: Path,
+    num_levels: int,
+    steps: int,
+    traced: int,
+    on_step: Callable[[Any], None],
+) -> Launch:
     """How to run one arm of a point: verl's worker alone, with the arguments of `recast train`."""
+    from recast_cli.profiling.profile import measured_steps
     from recast_cli.profiling.sweep import ROWS_PER_CALL
     from recast_cli.training import placement, verl_args
     from recast_cli.training.process import run_verl
@@ -211,23 +233,19 @@ def _launcher(settings: Recipe, model: Path, num_levels: int, on_step: Callable[
             rollout_log=None,
         )
         (folder / "spec.json").write_text(json.dumps({**spec, "arguments": arguments}, indent=2))
-        metrics, measured = folder / "seconds.jsonl", folder / "measured.jsonl"
-        environment = {
-            **placement.environment(recipe, metrics),
-            "RECAST_MEASURE": str(measured),
-            "RECAST_MEASURE_MEMORY_FROM": str(spec["steps"]),
-        }
+        metrics = folder / "seconds.jsonl"
+        told = measured_steps(folder, steps, traced)
         ranks = f"--nproc_per_node={settings.num_gpus}"
         records = run_verl(
             ["torch.distributed.run", "--standalone", ranks, "-m", ACTOR_ALONE],
             [str(folder / "spec.json")],
-            environment=environment,
+            environment={**placement.environment(recipe, metrics), **told},
             cwd=folder,
             log=folder / "verl.log",
             metrics=metrics,
             on_step=on_step,
         )
-        return records, measured
+        return records, Path(told["RECAST_MEASURE"])
 
     return launch
 

@@ -35,6 +35,9 @@ def profile(
         list[str] | None,
         typer.Option(help="NAME=VALUE,VALUE of prompt_length, group_size, batch, hidden_size or layers."),
     ] = None,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Write a Chrome trace of one more step, for each arm.")
+    ] = False,
     json_output: Annotated[
         bool, typer.Option("--json", help="Print profile.json (or the sweep's rows), no table.")
     ] = False,
@@ -70,6 +73,7 @@ def profile(
     from recast_cli.profiling.folder import new_folder
     from recast_cli.profiling.peak import matmul_peak
     from recast_cli.profiling.plot import plot
+    from recast_cli.profiling.trace import merge
     from recast_cli.provenance import versions
     from recast_cli.recipe import load_recipe
     from recast_cli.training import placement
@@ -83,7 +87,8 @@ def profile(
     loaded = load_recipe(recipe, [*(overrides or []), *given])
     if out.exists() and not out.is_dir():
         raise ArtifactError(f"--out {out} is a file, needed a folder", "choose another --out")
-    settings = _settings(loaded, steps)
+    traced = int(trace)
+    settings = _settings(loaded, steps, traced)
     inputs = Inputs.load(settings)
     refuse_inside({"--out": out}, {"data=": inputs.data, "tokenizer=": inputs.tokenizer})
     start = model or _start_model(settings, inputs)
@@ -97,7 +102,7 @@ def profile(
         raise RecipeError("--repeats is no option of --sweep, whose arms are one process each", "use --steps")
     repeats = repeats or 2
     if sweep:
-        run_sweep(settings, inputs, start, sweep, out, steps, json_output=json_output)
+        run_sweep(settings, inputs, start, sweep, out, steps, traced=traced, json_output=json_output)
         return
     rows = draw_rows(inputs.tokenizer / "verl" / "rl.parquet", settings.rl.prompts_per_step, settings.seed)
     peak_flops = matmul_peak(device, threads) * settings.num_gpus
@@ -105,9 +110,9 @@ def profile(
         recording = _record(settings, inputs, start, rows, scratch)
     jobs = out / "jobs"
     recording = dataclasses.replace(recording, path=jobs / recording.path.name)
-    with progress("profile", 2 * repeats * stage.num_steps(steps)) as advance:
-        launch = _launcher(settings, inputs, start, rows, steps, lambda _: advance(1))
-        runs = stage.replay(recording, launch, jobs, steps=steps, repeats=repeats)
+    with progress("profile", 2 * repeats * stage.num_steps(steps, traced)) as advance:
+        launch = _launcher(settings, inputs, start, rows, lambda _: advance(1))
+        runs = stage.replay(recording, launch, jobs, steps=steps, repeats=repeats, traced=traced)
     result = stage.summarise(
         runs,
         recording,
@@ -125,6 +130,8 @@ def profile(
         },
     )
     stage.save(result, out)
+    for arm in stage.ARMS if trace else ():
+        merge(jobs / f"{arm}-{repeats}" / "trace", out / "trace" / f"{arm}.json.gz")
     plot(result, out / "profile.png")
     if json_output:
         print_json(result)
@@ -133,12 +140,12 @@ def profile(
     note(f"wrote {out / 'profile.json'} and {out / 'profile.png'}")
 
 
-def _settings(recipe: Recipe, steps: int) -> Recipe:
+def _settings(recipe: Recipe, steps: int, traced: int) -> Recipe:
     """The recipe with the profile's sizes: every step is one mini-batch, so one optimiser step."""
     from recast_cli.profiling.profile import num_steps
 
     rl = {
-        "steps": num_steps(steps),
+        "steps": num_steps(steps, traced),
         # How rollouts were drawn costs the actor nothing: they are recorded once, by the SID engine.
         "sampling": "iid",
         "top_p": 1.0,
@@ -177,19 +184,19 @@ def _record(settings: Recipe, inputs: Inputs, model: Path, rows: Any, folder: Pa
     )
 
 
-def _launcher(settings: Recipe, inputs: Inputs, model: Path, rows: Any, steps: int, on_step: Any) -> Launch:
+def _launcher(settings: Recipe, inputs: Inputs, model: Path, rows: Any, on_step: Any) -> Launch:
     """How to run one arm."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from recast_cli.profiling.profile import Job, num_steps
+    from recast_cli.profiling.profile import Job
     from recast_cli.training import placement
     from recast_cli.training.process import run_verl
     from recast_cli.training.verl_args import RL_MODULE
 
     def launch(job: Job) -> list[dict[str, Any]]:
         train_file, metrics = job.folder / "rows.parquet", job.folder / "metrics.jsonl"
-        pq.write_table(pa.concat_tables([rows] * num_steps(steps)), train_file)
+        pq.write_table(pa.concat_tables([rows] * settings.rl.steps), train_file)
         return run_verl(
             RL_MODULE,
             _arguments(settings, inputs, model, job.method, job.folder, job.custom),

@@ -53,16 +53,18 @@ class Run:
     signal: dict[str, float]
 
 
-def read_run(arm: str, metrics: Sequence[dict[str, Any]], measured: Path, replayed: Path, steps: int) -> Run:
-    """Cut off warm-up and memory step and bring both levels of timing together.
+def read_run(
+    arm: str, metrics: Sequence[dict[str, Any]], measured: Path, replayed: Path, steps: int, traced: int = 0
+) -> Run:
+    """Cut off warm-up, traced and memory step and bring both levels of timing together.
 
     Args:
-        metrics: verl's records, one per step: warm-up, `steps` timed ones, memory.
+        metrics: verl's records, one per step: warm-up, `steps` timed ones, traced ones, memory.
         measured: The worker's file (`RECAST_MEASURE`).
         replayed: The replay log.
-        steps: Timed steps.
+        steps, traced: Timed steps, and those behind them that were traced.
     """
-    assert len(metrics) == WARM_UP + steps + MEMORY, f"{len(metrics)} steps in the metrics of {arm}"
+    assert len(metrics) == WARM_UP + steps + traced + MEMORY, f"{len(metrics)} steps in the metrics of {arm}"
     timed = metrics[WARM_UP : WARM_UP + steps]
     phases = [phase for phase, timer in TIMERS.items() if timer in timed[0]]
     seconds = {phase: [record[TIMERS[phase]] for record in timed] for phase in phases}

@@ -15,6 +15,7 @@ import numpy as np
 from recast_cli.core.cost import ModelShape
 from recast_cli.errors import EnvironmentFault
 from recast_cli.outputs import atomic_text
+from recast_cli.profiling import trace
 from recast_cli.profiling.collect import (
     MEMORY,
     WARM_UP,
@@ -49,13 +50,18 @@ class Job:
 Launch = Callable[[Job], list[dict[str, Any]]]  # runs it to its end and returns verl's metrics
 
 
-def num_steps(timed: int) -> int:
-    """Steps of a job: warm-up, timed, memory."""
-    return WARM_UP + timed + MEMORY
+def num_steps(timed: int, traced: int = 0) -> int:
+    """Steps of a job: warm-up, timed, traced, memory."""
+    return WARM_UP + timed + traced + MEMORY
 
 
-def replay(recording: Recording, launch: Launch, folder: Path, *, steps: int, repeats: int) -> list[Run]:
+def replay(
+    recording: Recording, launch: Launch, folder: Path, *, steps: int, repeats: int, traced: int = 0
+) -> list[Run]:
     """Run every arm `repeats` times, arms in turns so that a drift of the machine meets both.
+
+    Args:
+        traced: 1 adds a step that torch's profiler watches, written to `folder`/ARM-REPEAT/trace.
 
     Raises:
         EnvironmentFault: two jobs did not see the same rollouts.
@@ -64,10 +70,10 @@ def replay(recording: Recording, launch: Launch, folder: Path, *, steps: int, re
     for repeat in range(repeats):
         arms = list(ARMS) if repeat % 2 == 0 else list(ARMS)[::-1]
         for arm in arms:
-            job = _job(recording, arm, repeat, folder / f"{arm}-{repeat + 1}", steps)
+            job = _job(recording, arm, repeat, folder / f"{arm}-{repeat + 1}", steps, traced)
             metrics = launch(job)
             measured, replayed = job.environment["RECAST_MEASURE"], job.custom["log"]
-            runs.append(read_run(arm, metrics, Path(measured), Path(replayed), steps))
+            runs.append(read_run(arm, metrics, Path(measured), Path(replayed), steps, traced))
     digests = frozenset().union(*(run.rollouts for run in runs))
     if len(digests) != 1:
         raise EnvironmentFault(
@@ -76,7 +82,7 @@ def replay(recording: Recording, launch: Launch, folder: Path, *, steps: int, re
     return runs
 
 
-def _job(recording: Recording, arm: str, repeat: int, folder: Path, steps: int) -> Job:
+def _job(recording: Recording, arm: str, repeat: int, folder: Path, steps: int, traced: int) -> Job:
     folder.mkdir(parents=True)
     folder = folder.resolve()
     return Job(
@@ -84,11 +90,19 @@ def _job(recording: Recording, arm: str, repeat: int, folder: Path, steps: int) 
         repeat,
         folder,
         custom={"replay": str(recording.path.resolve()), "log": str(folder / "replayed.jsonl")},
-        environment={
-            "RECAST_MEASURE": str(folder / "measured.jsonl"),
-            "RECAST_MEASURE_MEMORY_FROM": str(WARM_UP + steps + 1),
-        },
+        environment=measured_steps(folder, steps, traced),
     )
+
+
+def measured_steps(folder: Path, timed: int, traced: int) -> dict[str, str]:
+    """What a worker is told of the steps of a job (`verl_recast.measure`)."""
+    found = {
+        "RECAST_MEASURE": str(folder / "measured.jsonl"),
+        "RECAST_MEASURE_MEMORY_FROM": str(WARM_UP + timed + traced + 1),
+    }
+    if traced:
+        found |= {trace.FOLDER: str(folder / "trace"), trace.CALL: str(WARM_UP + timed + 1)}
+    return found
 
 
 def summarise(

@@ -155,6 +155,7 @@ def run_point(
     steps: int,
     seed: int,
     peak_flops: float,
+    traced: int = 0,
 ) -> list[dict[str, Any]]:
     """One row of the result for each arm.
 
@@ -162,6 +163,7 @@ def run_point(
         folder: There already; keeps rollouts, logs and measurements.
         steps: Timed steps of an arm.
         peak_flops: Operations per second that make a utilisation of 1.
+        traced: As in `profile.replay`.
     """
     write_rollouts(point, codes, seed, folder / "rollouts.npz")
     rows = []
@@ -169,20 +171,25 @@ def run_point(
         spec = {
             "rollouts": str(folder / "rollouts.npz"),
             "kept": arm.kept,
-            "steps": WARM_UP + steps + MEMORY,
+            "steps": WARM_UP + steps + traced + MEMORY,
             # One whole group in a call: what a group takes, however many a micro-batch has room for.
             "memory_tokens": point.group_tokens(arm, codes.num_levels),
         }
         records, measured = launch(point, arm, folder / name, spec)
         work = point.work(arm, codes.num_levels)
-        rows.append({"arm": name, **vars(point), **_cost(records, measured, work, shape, peak_flops)})
+        rows.append(
+            {
+                "arm": name,
+                **vars(point),
+                **_cost(records[WARM_UP:][:steps], measured, work, shape, peak_flops),
+            }
+        )
     return rows
 
 
 def _cost(
-    records: list[dict[str, Any]], measured: Path, work: Work, shape: ModelShape, peak_flops: float
+    timed: list[dict[str, Any]], measured: Path, work: Work, shape: ModelShape, peak_flops: float
 ) -> dict[str, Any]:
-    timed = records[WARM_UP:-MEMORY]
     phases = [phase for phase in PHASES if f"{phase}_s" in timed[0]]
     flops = {phase: phase_flops(phase, shape, work) for phase in phases}
     memory = {phase: calls[-1] for phase, calls in worker_calls(read_json_lines(measured)).items()}

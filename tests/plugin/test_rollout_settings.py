@@ -65,19 +65,47 @@ class Balancer:
         self.open.remove(server_id)
 
 
-@pytest.mark.parametrize(
-    ("gpus", "tensor_parallel", "chunks"), [(1, 1, [5]), (3, 1, [2, 2, 1]), (8, 1, [1] * 5), (4, 2, [3, 2])]
-)
-def test_every_replica_gets_its_share_and_the_order_stays(
-    gpus: int, tensor_parallel: int, chunks: list[int]
-) -> None:
+def make_worker(gpus: int, tensor_parallel: int, **options: Any) -> Any:
     worker: Any = GroupLoopWorker.__new__(GroupLoopWorker)  # its __init__ needs a running TransferQueue
-    worker.llm_client, worker.seed, worker.options = Balancer(), 7, RolloutSettings(tokenizer="t")
+    worker.llm_client, worker.seed = Balancer(), 7
+    worker.options = RolloutSettings(tokenizer="t", **options)
     worker.rollout_config = RolloutConfig(name="recast_sid", n=2, tensor_model_parallel_size=tensor_parallel)
-    worker.config = OmegaConf.create({"trainer": {"n_gpus_per_node": gpus, "nnodes": 1}})
-    rows = [{"index": i, "uid": f"u{i}", "global_steps": 2} for i in (3, 1, 4, 9, 5)]
-    out = asyncio.run(worker._answers(rows, [[9]] * 5, validate=False))
-    assert out["codes_BGL"][:, 0, 0].tolist() == [3, 1, 4, 9, 5] and out["codes_BGL"].shape == (5, 2, 3)
-    assert out["log_probs_BGL"].dtype == np.float32 and out["global_steps"] == 4
-    assert sorted(map(len, worker.llm_client.asked), reverse=True) == chunks
+    worker.config = OmegaConf.create({"trainer": {"n_gpus_per_node": gpus, "nnodes": 1, "device": "cpu"}})
+    worker.catalogue = SimpleNamespace(num_levels=3)
+    return worker
+
+
+@pytest.mark.parametrize(
+    ("gpus", "tensor_parallel", "budget", "sizes"),
+    [
+        (1, 1, 0, [5]),
+        (3, 1, 0, [2, 2, 1]),
+        (8, 1, 0, [1] * 5),
+        (4, 2, 0, [3, 2]),
+        # a prompt of 1 token and 2 answers that feed 2 tokens each: 5 of the budget
+        (1, 1, 10, [2, 2, 1]),
+        (2, 1, 9, [1] * 5),
+    ],
+)
+def test_a_request_is_what_a_server_reads_at_once_and_every_server_gets_one(
+    gpus: int, tensor_parallel: int, budget: int, sizes: list[int]
+) -> None:
+    parts = make_worker(gpus, tensor_parallel, token_budget=budget)._parts([[9]] * 5)
+    assert sorted(map(len, parts), reverse=True) == sizes
+    assert sorted(place for part in parts for place in part) == [0, 1, 2, 3, 4]
+
+
+def test_an_answered_server_is_given_back() -> None:
+    worker = make_worker(2, 1)
+    rows = [{"index": i, "uid": f"u{i}", "global_steps": 2} for i in (3, 1, 4)]
+
+    async def ask() -> list[dict[str, Any]]:
+        return await asyncio.gather(
+            *(worker._answers(some, [[9]] * len(some), validate=False) for some in (rows[:2], rows[2:]))
+        )
+
+    first, second = asyncio.run(ask())
+    assert first["codes_BGL"][:, 0, 0].tolist() == [3, 1] and first["codes_BGL"].shape == (2, 2, 3)
+    assert second["codes_BGL"][:, 0, 0].tolist() == [4] and second["global_steps"] == 4
+    assert sorted(worker.llm_client.asked) == [[3, 1], [4]]
     assert not worker.llm_client.open, "a server that is not released is never asked again"

@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import json
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
@@ -23,6 +23,7 @@ from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ
 
 from recast_cli.core.signal import group_statistics
 from recast_cli.core.spelling import SID_BEGIN
+from recast_cli.core.walk import TOKEN_BUDGET, micro_batches
 from recast_cli.vocabulary import encode_prompts
 from verl_recast.catalogue import require_catalogue
 from verl_recast.groups import require_own_index
@@ -34,13 +35,28 @@ from verl_recast.rollout.sampled import (
     sampled_fields,
     take_histories,
 )
-from verl_recast.rollout.scored import reward_infos, score_groups, with_ranks
+from verl_recast.rollout.scored import Targets, reward_infos, score_groups, with_ranks
 from verl_recast.settings import ESTIMATOR, RecastSettings, RolloutSettings
 
 logger = logging.getLogger(__name__)
 
 # What later phases read of a dataset row; the messages of the prompt are not among it.
 DATASET_FIELDS = ("uid", "index", "data_source", "reward_model", "extra_info")
+
+
+_Stored = tuple[tuple[int, int], bytes]  # index and number of a rollout, its tokens and reward
+
+
+class _Part(NamedTuple):
+    """The rollouts of one request, as far as the log wants to know them.
+
+    Attributes:
+        groups: Hits, scores, codes and validity.
+    """
+
+    groups: tuple[np.ndarray, ...]
+    extra_fields: list[dict[str, Any]]
+    stored: list[_Stored]
 
 
 class GroupLoopWorker(AgentLoopWorker):
@@ -88,6 +104,52 @@ class GroupLoopWorker(AgentLoopWorker):
             found = zip(rows, prompts, targets, strict=True)
             require_own_index([(int(row["index"]), (prompt, target)) for row, prompt, target in found])
         take_histories(rows)
+
+        async def part(places: list[int]) -> _Part:
+            chosen = [rows[b] for b in places]
+            found = [prompts[b] for b in places], [targets[b] for b in places]
+            return await self._roll_out_part(chosen, *found, partition, validate=validate, ranked=ranked)
+
+        parts = await asyncio.gather(*map(part, self._parts(prompts)))
+        if self.options.log:
+            hits_BG, scores_BG, codes_BGL, valid_BG = (
+                np.concatenate(arrays) for arrays in zip(*(each.groups for each in parts), strict=True)
+            )
+            present_BG = codes_BGL[:, :, 0] >= 0
+            line = {
+                "step": int(rows[0]["global_steps"]),
+                "partition": partition,
+                "prompts": len(rows),
+                "rollouts": int(present_BG.sum()),
+                **group_statistics(hits_BG, scores_BG, codes_BGL, valid_BG, present_BG),
+                **mean_catalogue_mass([fields for each in parts for fields in each.extra_fields]),
+                "sha256": _digest([rollout for each in parts for rollout in each.stored]),
+            }
+            with open(self.options.log, "a", encoding="utf-8") as log:
+                log.write(json.dumps(line) + "\n")
+
+    def _parts(self, prompts: list[list[int]]) -> list[list[int]]:
+        """Prompts of each request: what a server reads at once, so that the answers of one request are stored
+        while the next is computed; one for every server at least."""
+        device = str(self.config.trainer.device)
+        budget = self.options.token_budget or TOKEN_BUDGET.get(device, TOKEN_BUDGET["cpu"])
+        fed = self.rollout_config.n * (self.catalogue.num_levels - 1)
+        parts = [part.tolist() for part in micro_batches(prompts, fed, budget)]
+        wanted = min(self._num_replicas(), len(prompts))
+        if len(parts) < wanted:
+            parts = [part.tolist() for part in np.array_split(np.arange(len(prompts)), wanted)]
+        return parts
+
+    async def _roll_out_part(
+        self,
+        rows: list[dict[str, Any]],
+        prompts: list[list[int]],
+        targets: Targets,
+        partition: str,
+        *,
+        validate: bool,
+        ranked: bool,
+    ) -> _Part:
         out = await self._answers(rows, prompts, validate=validate)
         codes_BGL = self.catalogue.spelled(out["codes_BGL"])
         hits_BG, scores_BG, valid_BG = score_groups(self.catalogue, targets, codes_BGL)
@@ -97,31 +159,9 @@ class GroupLoopWorker(AgentLoopWorker):
         keys, columns, tags, b_N = self._records(rows, prompts, out, infos)
         whole = validate or not self.pairs_only
         await store(partition, keys, columns, tags, prompts, b_N, whole=whole)
-        if self.options.log:
-            present_BG = codes_BGL[:, :, 0] >= 0
-            line = {
-                "step": int(rows[0]["global_steps"]),
-                "partition": partition,
-                "prompts": len(rows),
-                "rollouts": len(keys),
-                **group_statistics(hits_BG, scores_BG, codes_BGL, valid_BG, present_BG),
-                **mean_catalogue_mass(columns["extra_fields"]),
-                "sha256": _digest(columns, prompts, b_N),
-            }
-            with open(self.options.log, "a", encoding="utf-8") as log:
-                log.write(json.dumps(line) + "\n")
-
-    async def _answers(
-        self, rows: list[dict[str, Any]], prompts: list[list[int]], *, validate: bool
-    ) -> dict[str, Any]:
-        """What `SIDServer.generate_groups` returns, from all replicas at once."""
-        parts = np.array_split(np.arange(len(rows)), min(self._num_replicas(), len(rows)))
-        found = await asyncio.gather(
-            *(self._ask([rows[b] for b in part], [prompts[b] for b in part], validate) for part in parts)
+        return _Part(
+            (hits_BG, scores_BG, codes_BGL, valid_BG), columns["extra_fields"], _stored(columns, prompts, b_N)
         )
-        arrays = [name for name in found[0] if name != "global_steps"]
-        joined = {name: np.concatenate([out[name] for out in found]) for name in arrays}
-        return {**joined, "global_steps": found[0]["global_steps"]}
 
     def _num_replicas(self) -> int:
         """Rollout servers of the job: a chunk of prompts is shared out among them."""
@@ -133,8 +173,8 @@ class GroupLoopWorker(AgentLoopWorker):
         )
         return max(1, trainer.n_gpus_per_node * trainer.nnodes // size)
 
-    async def _ask(
-        self, rows: list[dict[str, Any]], prompts: list[list[int]], validate: bool
+    async def _answers(
+        self, rows: list[dict[str, Any]], prompts: list[list[int]], *, validate: bool
     ) -> dict[str, Any]:
         """The answers of one server: verl's balancer names the one with the fewest requests."""
         config, options = self.rollout_config, self.options
@@ -255,17 +295,28 @@ def _tag(
     }
 
 
-def _digest(columns: Columns, prompts: list[list[int]], b_N: np.ndarray) -> str:
-    """Hash of the rollouts as they were stored: row, rollout number, tokens and reward, in that order."""
-    digest = hashlib.sha256()
-    places = [
-        (int(index), session) for index, session in zip(columns["index"], columns["session_id"], strict=True)
-    ]
+def _stored(columns: Columns, prompts: list[list[int]], b_N: np.ndarray) -> list[_Stored]:
+    """What a log's hash is made of: tokens and reward of each rollout as it was stored."""
     heads = [np.array(prompt, dtype=np.int64).tobytes() for prompt in prompts]
-    tokens_NL, scores_NL = columns["responses"].numpy(), columns["rm_scores"].numpy()
-    for n in sorted(range(len(places)), key=places.__getitem__):
-        digest.update(f"{places[n][0]} {places[n][1]} ".encode())
-        digest.update(heads[b_N[n]] + tokens_NL[n].tobytes() + scores_NL[n].tobytes())
+    found = zip(
+        columns["index"],
+        columns["session_id"],
+        b_N.tolist(),
+        columns["responses"].numpy(),
+        columns["rm_scores"].numpy(),
+        strict=True,
+    )
+    return [
+        ((int(index), session), heads[b] + tokens_L.tobytes() + scores_L.tobytes())
+        for index, session, b, tokens_L, scores_L in found
+    ]
+
+
+def _digest(stored: list[_Stored]) -> str:
+    """Hash of rollouts by row and rollout number."""
+    digest = hashlib.sha256()
+    for (index, session), content in sorted(stored):
+        digest.update(f"{index} {session} ".encode() + content)
     return digest.hexdigest()
 
 
