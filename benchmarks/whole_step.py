@@ -96,10 +96,11 @@ def run(folder: Path, arm: str, steps: int) -> dict[str, Any]:
     ]
     computed = []
     for step in range(1, 1 + steps):
-        inside = dict.fromkeys((*COMPUTING, "optimizer"), 0.0)
-        for phase in inside:
+        inside = {}
+        for phase in (*COMPUTING, "optimizer"):
             each = [call["wall_s"] for call in calls if call["phase"] == phase]
-            inside[phase] = each[step]
+            count = len(each) // (1 + steps)  # rollouts are drawn in several calls
+            inside[phase] = sum(each[step * count : (step + 1) * count])
         computed.append(inside)
     return {
         "steps": timers,
