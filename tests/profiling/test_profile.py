@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from profiles import recast
+from profiles import recast, traced
 
 from recast_cli.errors import EnvironmentFault
 from recast_cli.profiling.profile import Job, replay
@@ -61,18 +61,18 @@ def test_what_cannot_run_is_refused_before_anything_is_written(
 @pytest.mark.verl
 def test_both_arms_replay_the_same_rollouts(workspace: Path) -> None:
     options = ["--prompts", "3", "--group-size", "4", "--steps", "1", "--repeats", "1", "--out", "out"]
-    done = recast(workspace, "profile", "recipe.yaml", *options, "--json")
+    done = recast(workspace, "profile", "recipe.yaml", *options, "--trace", "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result == json.loads((workspace / "out" / "profile.json").read_text())
     assert (workspace / "out" / "profile.png").stat().st_size > 10_000
 
-    # what either job stored in verl's queue: three steps (warm-up, timed, memory), one and the same batch
+    # what either job stored in verl's queue in four steps (warm-up, timed, traced, memory): one batch
     digests = []
     for arm in ("stock-1", "recast-1"):
         lines = (workspace / "out" / "jobs" / arm / "replayed.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in lines]
-        assert [record["rollouts"] for record in records] == [3 * 4] * 3
+        assert [record["rollouts"] for record in records] == [3 * 4] * 4
         digests += [record["sha256"] for record in records]
     assert len(set(digests)) == 1
 
@@ -97,6 +97,14 @@ def test_both_arms_replay_the_same_rollouts(workspace: Path) -> None:
     assert arms["stock"]["seconds"]["actor_total"]["count"] == 1
     assert "hook" in arms["recast"]["seconds"]
     assert "hook" not in arms["stock"]["seconds"]
+
+    for arm in arms:
+        assert traced(workspace / "out" / "trace" / f"{arm}.json.gz") == [
+            "old_log_prob",
+            "ref_log_prob",
+            "actor_update",
+            "optimizer",
+        ]
 
 
 def launcher(digests: dict[str, str]) -> Callable[[Job], list[dict[str, Any]]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from profiles import recast
+from profiles import recast, traced
 
 from recast_cli.core.cost import Work
 from recast_cli.errors import RecipeError
@@ -72,7 +72,7 @@ def test_four_arms_of_a_real_worker(workspace: Path) -> None:
     """What they read is counted by the worker itself; the sweep's own count must be the same."""
     sizes = ["--prompts", "3", "--group-size", "4", "--steps", "1"]
     sweep = ["--sweep", "prompt_length=240", "--sweep", "layers=1"]
-    done = recast(workspace, "profile", "recipe.yaml", *sizes, *sweep, "--out", "sweep", "--json")
+    done = recast(workspace, "profile", "recipe.yaml", *sizes, *sweep, "--out", "sweep", "--trace", "--json")
     assert done.returncode == 0, done.stderr
     rows = {row["arm"]: row for row in json.loads(done.stdout)}
     assert list(rows) == list(ARMS)
@@ -84,11 +84,13 @@ def test_four_arms_of_a_real_worker(workspace: Path) -> None:
         work = Point(240, 4, 3).work(ARMS[name], 3)
         for phase in ("old_log_prob", "ref_log_prob", "actor_update"):
             found = [call for call in calls if call["phase"] == phase]
-            assert len(found) == 3  # warm-up, timed, memory
+            assert len(found) == 4  # warm-up, timed, traced, memory
             assert {(call["tokens"], call["read_tokens"]) for call in found} == {
                 (work.tokens, work.read_tokens)
             }
             assert row[f"{phase}_s"] > 0
+        assert row["timed_steps"] == 1
+        assert len(traced(workspace / "sweep" / "trace" / f"point-1-{name}.json.gz")) == 4
         assert row["tokens"] == work.tokens
         assert row["peak_memory_bytes"] > 0
     assert rows["stock"]["peak_memory_bytes"] > 3 * rows["recast_shared"]["peak_memory_bytes"]
