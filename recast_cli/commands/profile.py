@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def profile(
-    recipe: Annotated[Path, typer.Argument(help="YAML recipe, for example recipes/ml-100k/recast.yaml.")],
+    recipe: Annotated[
+        Path | None, typer.Argument(help="YAML recipe, for example recipes/ml-100k/recast.yaml.")
+    ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example threads=1.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for profile.json, profile.png and logs.")] = Path(
         "runs/profile"
@@ -34,6 +36,10 @@ def profile(
     sweep: Annotated[
         list[str] | None,
         typer.Option(help="NAME=VALUE,VALUE of prompt_length, group_size, batch, hidden_size or layers."),
+    ] = None,
+    from_run: Annotated[
+        list[Path] | None,
+        typer.Option(help="Instead of a recipe: a finished run, whose phases are shown; may be repeated."),
     ] = None,
     trace: Annotated[
         bool, typer.Option("--trace", help="Write a Chrome trace of one more step, for each arm.")
@@ -61,6 +67,9 @@ def profile(
 
         \b
         recast profile recipes/ml-100k/recast.yaml --sweep prompt_length=64,256,1024 --prompts 4
+
+        \b
+        recast profile --from-run runs/grpo --from-run runs/recast
     """
     import dataclasses
     import json
@@ -82,6 +91,14 @@ def profile(
     from recast_cli.training.run import draw_rows
     from recast_cli.training.verl_args import RL_MODULE
 
+    if from_run or recipe is None:
+        if recipe is not None or not from_run or sweep or trace:
+            raise RecipeError(
+                "profile needs a recipe, or runs and nothing besides",
+                "recast profile RECIPE, or recast profile --from-run RUN",
+            )
+        _profile_runs(from_run, out, json_output=json_output)
+        return
     sizes = {"rl.prompts_per_step": prompts, "rl.group_size": group_size, "rl.mini_batch_prompts": "null"}
     given = [f"{name}={size}" for name, size in sizes.items() if size is not None]
     loaded = load_recipe(recipe, [*(overrides or []), *given])
@@ -138,6 +155,26 @@ def profile(
     else:
         print_profile(result)
     note(f"wrote {out / 'profile.json'} and {out / 'profile.png'}")
+
+
+def _profile_runs(folders: list[Path], out: Path, *, json_output: bool) -> None:
+    """Print the phases of finished runs and write runs.json and runs.png."""
+    import json
+
+    from recast_cli.console import note, print_json, print_table
+    from recast_cli.outputs import atomic_text
+    from recast_cli.profiling import finished
+
+    runs = [finished.read_run(folder) for folder in folders]
+    if out.exists() and not out.is_dir():
+        raise ArtifactError(f"--out {out} is a file, needed a folder", "choose another --out")
+    atomic_text(out / "runs.json", json.dumps({"runs": runs}, indent=2) + "\n")
+    finished.plot(runs, out / "runs.png")
+    if json_output:
+        print_json(runs)
+    else:
+        print_table("Phases of a step", *finished.table(runs))
+    note(f"wrote {out / 'runs.json'} and {out / 'runs.png'}")
 
 
 def _settings(recipe: Recipe, steps: int, traced: int) -> Recipe:
