@@ -36,6 +36,13 @@ ARMS: dict[str, list[str]] = {
     "stock_shared": ["method.name=grpo", "rl.share_prompt=true"],
     "recast": ["method.name=recast", f"rl.max_tokens_per_micro_batch={4 * ROW_TOKENS}"],
     "recast_shared": ["method.name=recast", "rl.share_prompt=true"],
+    # and without the pass for old log-probs: one update a step
+    "recast_shared_on_policy": [
+        "method.name=recast",
+        "rl.share_prompt=true",
+        "rl.on_policy=true",
+        "rl.sampled_log_probs=false",
+    ],
 }
 RECIPE = f"""
 data: data
@@ -143,7 +150,7 @@ def main() -> None:
             result["ratio"] = medians["stock"] / medians[arm]
         computed = statistics.median(result["share_computed"])
         print(
-            f"{arm:14} {medians[arm]:8.2f} s {result.get('ratio', 0):6.1f}x  models compute {computed:.0%}  ",
+            f"{arm:24} {medians[arm]:8.2f} s {result.get('ratio', 0):6.1f}x  models compute {computed:.0%}  ",
             end="",
         )
         print("  ".join(f"{phase} {share:.0%}" for phase, share in shares.items()))
