@@ -84,7 +84,9 @@ def test_rollouts_of_each_step_come_from_the_newest_weights(
     assert seen != redrawn(tokenizer_folder, distinct_job, 2, start)  # or old weights would pass too
     lines = (workspace / "distinct-measured.jsonl").read_text(encoding="utf-8").splitlines()
     # Before them stands the warm start, where this job had to make it.
-    calls = [call for call in map(json.loads, lines) if call["phase"] != "optimizer"][-3 * STEPS :]
+    measured = list(map(json.loads, lines))
+    assert len([call for call in measured if call["phase"] == "rollout"]) == STEPS
+    calls = [call for call in measured if call["phase"] not in ("optimizer", "rollout")][-3 * STEPS :]
     assert {call["phase"] for call in calls} == {"old_log_prob", "ref_log_prob", "actor_update"}
     for call in calls:  # of a group of four the prompt is read once, of rows alone every token has logits
         assert call["rows"] == PROMPTS * GROUP and call["read_tokens"] == 4 * PROMPTS * GROUP < call["tokens"]
