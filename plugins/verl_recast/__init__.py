@@ -38,16 +38,15 @@ def _check_config_early() -> None:
 
     @functools.wraps(stock)
     def validate_config(config: Any, *args: Any, **kwargs: Any) -> None:
+        from verl_recast.actor_options import wanted  # here: `import verl` alone must not pay for it
+
         stock(config, *args, **kwargs)
         mode = (config.trainer.get("v1") or {}).get("trainer_mode")
         # The seed is of the rollouts too, which any trainer may have.
         asked = set(config.algorithm.get("recast") or {}) - {"seed"}
-        asked |= (
-            {"on_policy"}
-            if (config.actor_rollout_ref.rollout.get("custom") or {}).get("on_policy")
-            else set()
-        )
-        if mode == "recast" or config.algorithm.get("adv_estimator") == "recast" or asked:
+        estimator = config.algorithm.get("adv_estimator")
+        one_pass = wanted(config.actor_rollout_ref, "on_policy")
+        if "recast" in (mode, estimator) or asked or one_pass:
             require_tested(*HOST)
             from verl_recast.check_config import check_config
 

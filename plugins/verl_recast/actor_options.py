@@ -24,17 +24,27 @@ def require_plain_engine(worker: Any, option: str, checks: Iterable[Check] = ())
     Raises:
         ValueError: naming the option, the value found and the value needed.
     """
-    actor = worker.actor
+    actor, prefix = worker.actor, "actor_rollout_ref."
     fused, grouped = actor.get("use_fused_kernels", False), actor.get("use_prefix_grouper", False)
-    for ok, name, found, needed in (
+    all_checks = (
         *checks,
         (not fused, "model.use_fused_kernels", fused, "False (a fused kernel makes no logits)"),
         (not grouped, "actor.use_prefix_grouper", grouped, "False (it takes log-probs its own way)"),
         *_of_engine("actor", actor),
         *_of_engine("ref", worker.get("ref") or {}),
-    ):
+    )
+    require(option, [(ok, prefix + name, found, needed) for ok, name, found, needed in all_checks])
+
+
+def require(option: str, checks: Iterable[Check]) -> None:
+    """Refuse the first check of an option that does not hold.
+
+    Raises:
+        ValueError: naming what does not fit, the value found and the value needed.
+    """
+    for ok, name, found, needed in checks:
         if not ok:
-            raise ValueError(f"rollout.custom.{option}: actor_rollout_ref.{name} is {found}, needs {needed}")
+            raise ValueError(f"rollout.custom.{option}: {name} is {found}, needs {needed}")
 
 
 def places_of_engine(part: str, section: Any) -> list[tuple[str, Any]]:

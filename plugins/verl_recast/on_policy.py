@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from verl_recast.actor_options import extend_workers
+from verl_recast.actor_options import extend_workers, require
 
 OPTION = "on_policy"
 
@@ -31,24 +31,21 @@ def require_one_update(config: Any) -> None:
     worker, algorithm = config.actor_rollout_ref, config.algorithm
     actor, batch = worker.actor, config.data.train_batch_size
     correction = algorithm.get("rollout_correction") or {}
-    wanted = [name for name in ("rollout_is", "rollout_rs") if correction.get(name) is not None]
-    wanted += ["bypass_mode"] * bool(correction.get("bypass_mode"))
+    correcting = [name for name in ("rollout_is", "rollout_rs") if correction.get(name) is not None]
+    correcting += ["bypass_mode"] * bool(correction.get("bypass_mode"))
     mini, compared = actor.ppo_mini_batch_size, worker.rollout.calculate_log_probs
-    name = "actor_rollout_ref"
-    for ok, option, found, needed in (
-        (mini == batch, f"{name}.actor.ppo_mini_batch_size", mini, f"data.train_batch_size={batch}"),
-        (actor.ppo_epochs == 1, f"{name}.actor.ppo_epochs", actor.ppo_epochs, "1"),
-        (
-            not compared,
-            f"{name}.rollout.calculate_log_probs",
-            compared,
-            "False (no log-probs to compare with)",
-        ),
-        (not algorithm.use_kl_in_reward, "algorithm.use_kl_in_reward", True, "False (it comes before)"),
-        (not wanted, f"algorithm.rollout_correction.{(wanted or [''])[0]}", "set", "null (it comes before)"),
-    ):
-        if not ok:
-            raise ValueError(f"rollout.custom.{OPTION}: {option} is {found}, needs {needed}")
+    alone, first = "False (no log-probs to compare with)", "it comes before"
+    prefix, named = "actor_rollout_ref", f"algorithm.rollout_correction.{(correcting or [''])[0]}"
+    require(
+        OPTION,
+        [
+            (mini == batch, f"{prefix}.actor.ppo_mini_batch_size", mini, f"data.train_batch_size={batch}"),
+            (actor.ppo_epochs == 1, f"{prefix}.actor.ppo_epochs", actor.ppo_epochs, "1"),
+            (not compared, f"{prefix}.rollout.calculate_log_probs", compared, alone),
+            (not algorithm.use_kl_in_reward, "algorithm.use_kl_in_reward", True, f"False ({first})"),
+            (not correcting, named, "set", f"null ({first})"),
+        ],
+    )
 
 
 def detach_workers(worker_class: Any) -> None:

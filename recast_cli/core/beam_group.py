@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from recast_cli.core.beam_search import search
+from recast_cli.core.guide import Guide, grow_distinct, guided_walks
 from recast_cli.core.sampling import Rollouts
 from recast_cli.core.trie import Exclusion, Trie
-from recast_cli.core.walk import Guide, TreeWalk, decoding_mode, grow_distinct, guided_walks
+from recast_cli.core.walk import TreeWalk, decoding_mode
 
 
 def beam_group(

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from recast_cli.core.guide import Guide, Scores, grow_distinct, guided_walks
 from recast_cli.core.trie import Exclusion, Trie
-from recast_cli.core.walk import Guide, Scores, TreeWalk, decoding_mode, grow_distinct, guided_walks
+from recast_cli.core.walk import TreeWalk, decoding_mode
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from tiny_models import (
     uniforms,
 )
 
+from recast_cli.core.guide import distinct
 from recast_cli.core.sampling import sample
 from recast_cli.core.trie import Trie
-from recast_cli.core.walk import TreeWalk, decoding_mode, distinct, micro_batches
+from recast_cli.core.walk import TreeWalk, decoding_mode, micro_batches
 
 
 @pytest.mark.parametrize(("family", "attention"), [("qwen3", "sdpa"), ("qwen3", "eager"), ("llama", "sdpa")])

@@ -1,5 +1,5 @@
-"""Agent loop that rolls out whole groups: one request per batch of prompts, scored from ids, stored in one
-write.
+"""Agent loop that rolls out whole groups: a request is what a server reads at once, scored from ids, and
+stored while the next one is answered.
 
 Name it with
 `+actor_rollout_ref.rollout.agent.agent_loop_manager_class=verl_recast.rollout.agent_loop.GroupLoopManager`.
@@ -8,10 +8,8 @@ Name it with
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import logging
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import ray
@@ -21,16 +19,15 @@ from tensordict import NonTensorData, NonTensorStack, TensorDict
 from verl.experimental.agent_loop import AgentLoopWorker
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ
 
-from recast_cli.core.signal import group_statistics
 from recast_cli.core.spelling import SID_BEGIN
-from recast_cli.core.walk import TOKEN_BUDGET, micro_batches
+from recast_cli.core.walk import budget_of, micro_batches
 from recast_cli.vocabulary import encode_prompts
 from verl_recast.catalogue import require_catalogue
 from verl_recast.groups import require_own_index
 from verl_recast.reward import require_targets
-from verl_recast.rollout.columns import ROLLOUT, Columns, answer_columns, store
+from verl_recast.rollout.columns import Columns, answer_columns, rollout_tag, store
+from verl_recast.rollout.rollout_log import Part, append
 from verl_recast.rollout.sampled import (
-    mean_catalogue_mass,
     require_histories,
     sampled_fields,
     take_histories,
@@ -42,21 +39,6 @@ logger = logging.getLogger(__name__)
 
 # What later phases read of a dataset row; the messages of the prompt are not among it.
 DATASET_FIELDS = ("uid", "index", "data_source", "reward_model", "extra_info")
-
-
-_Stored = tuple[tuple[int, int], bytes]  # index and number of a rollout, its tokens and reward
-
-
-class _Part(NamedTuple):
-    """The rollouts of one request, as far as the log wants to know them.
-
-    Attributes:
-        groups: Hits, scores, codes and validity.
-    """
-
-    groups: tuple[np.ndarray, ...]
-    extra_fields: list[dict[str, Any]]
-    stored: list[_Stored]
 
 
 class GroupLoopWorker(AgentLoopWorker):
@@ -105,34 +87,19 @@ class GroupLoopWorker(AgentLoopWorker):
             require_own_index([(int(row["index"]), (prompt, target)) for row, prompt, target in found])
         take_histories(rows)
 
-        async def part(places: list[int]) -> _Part:
+        async def part(places: list[int]) -> Part:
             chosen = [rows[b] for b in places]
             found = [prompts[b] for b in places], [targets[b] for b in places]
             return await self._roll_out_part(chosen, *found, partition, validate=validate, ranked=ranked)
 
         parts = await asyncio.gather(*map(part, self._parts(prompts)))
         if self.options.log:
-            hits_BG, scores_BG, codes_BGL, valid_BG = (
-                np.concatenate(arrays) for arrays in zip(*(each.groups for each in parts), strict=True)
-            )
-            present_BG = codes_BGL[:, :, 0] >= 0
-            line = {
-                "step": int(rows[0]["global_steps"]),
-                "partition": partition,
-                "prompts": len(rows),
-                "rollouts": int(present_BG.sum()),
-                **group_statistics(hits_BG, scores_BG, codes_BGL, valid_BG, present_BG),
-                **mean_catalogue_mass([fields for each in parts for fields in each.extra_fields]),
-                "sha256": _digest([rollout for each in parts for rollout in each.stored]),
-            }
-            with open(self.options.log, "a", encoding="utf-8") as log:
-                log.write(json.dumps(line) + "\n")
+            append(self.options.log, int(rows[0]["global_steps"]), partition, parts)
 
     def _parts(self, prompts: list[list[int]]) -> list[list[int]]:
         """Prompts of each request: what a server reads at once, so that the answers of one request are stored
         while the next is computed; one for every server at least."""
-        device = str(self.config.trainer.device)
-        budget = self.options.token_budget or TOKEN_BUDGET.get(device, TOKEN_BUDGET["cpu"])
+        budget = budget_of(str(self.config.trainer.device), self.options.token_budget)
         fed = self.rollout_config.n * (self.catalogue.num_levels - 1)
         parts = [part.tolist() for part in micro_batches(prompts, fed, budget)]
         wanted = min(self._num_replicas(), len(prompts))
@@ -149,7 +116,7 @@ class GroupLoopWorker(AgentLoopWorker):
         *,
         validate: bool,
         ranked: bool,
-    ) -> _Part:
+    ) -> Part:
         out = await self._answers(rows, prompts, validate=validate)
         codes_BGL = self.catalogue.spelled(out["codes_BGL"])
         hits_BG, scores_BG, valid_BG = score_groups(self.catalogue, targets, codes_BGL)
@@ -159,9 +126,7 @@ class GroupLoopWorker(AgentLoopWorker):
         keys, columns, tags, b_N = self._records(rows, prompts, out, infos)
         whole = validate or not self.pairs_only
         await store(partition, keys, columns, tags, prompts, b_N, whole=whole)
-        return _Part(
-            (hits_BG, scores_BG, codes_BGL, valid_BG), columns["extra_fields"], _stored(columns, prompts, b_N)
-        )
+        return Part((hits_BG, scores_BG, codes_BGL, valid_BG), columns, prompts, b_N)
 
     def _num_replicas(self) -> int:
         """Rollout servers of the job: a chunk of prompts is shared out among them."""
@@ -248,7 +213,7 @@ class GroupLoopWorker(AgentLoopWorker):
         if self.rollout_config.calculate_log_probs:
             columns["rollout_log_probs"] = torch.from_numpy(actors_NL).float()
         tags = [
-            _tag(rows[b], len(prompts[b]), answer, infos[b][g], out["global_steps"], more)
+            rollout_tag(rows[b], len(prompts[b]), answer, infos[b][g], out["global_steps"], more)
             for (b, g), answer, more in zip(places, tokens_NL.tolist(), sampled, strict=True)
         ]
         return [f"{rows[b]['uid']}_{g}_0" for b, g in places], columns, tags, b_N
@@ -268,56 +233,6 @@ def require_answer_next(tokenizer: Any, prompts: list[list[int]]) -> None:
                 f"follow {SID_BEGIN}: set rollout.custom.answer_prefix to what the model writes before the "
                 f"first code, for example '{SID_BEGIN}'"
             )
-
-
-def _tag(
-    row: dict[str, Any],
-    prompt_len: int,
-    answer: list[int],
-    info: dict[str, float],
-    weights_step: int,
-    sampled: dict[str, Any],
-) -> dict[str, Any]:
-    """What verl's replay buffer and metrics read without fetching a row, and what our trainer's hook does."""
-    facts = {"index": int(row["index"]), "response": answer, "reward": info["hit"]}
-    facts["structural_score"] = info["structural_score"]
-    if "catalogue_mass" in sampled:
-        facts["catalogue_mass"] = sampled["catalogue_mass"]
-    return {
-        "status": "success",
-        "prompt_len": prompt_len,
-        "response_len": len(answer),
-        "seq_len": prompt_len + len(answer),
-        "global_steps": int(row["global_steps"]),
-        "min_global_steps": weights_step,
-        "max_global_steps": weights_step,
-        ROLLOUT: facts,
-    }
-
-
-def _stored(columns: Columns, prompts: list[list[int]], b_N: np.ndarray) -> list[_Stored]:
-    """What a log's hash is made of: tokens and reward of each rollout as it was stored."""
-    heads = [np.array(prompt, dtype=np.int64).tobytes() for prompt in prompts]
-    found = zip(
-        columns["index"],
-        columns["session_id"],
-        b_N.tolist(),
-        columns["responses"].numpy(),
-        columns["rm_scores"].numpy(),
-        strict=True,
-    )
-    return [
-        ((int(index), session), heads[b] + tokens_L.tobytes() + scores_L.tobytes())
-        for index, session, b, tokens_L, scores_L in found
-    ]
-
-
-def _digest(stored: list[_Stored]) -> str:
-    """Hash of rollouts by row and rollout number."""
-    digest = hashlib.sha256()
-    for (index, session), content in sorted(stored):
-        digest.update(f"{index} {session} ".encode() + content)
-    return digest.hexdigest()
 
 
 class GroupLoopManager(AgentLoopManagerTQ):

@@ -70,6 +70,31 @@ def _jagged(rows: Sequence[np.ndarray]) -> torch.Tensor:
     )
 
 
+def rollout_tag(
+    row: dict[str, Any],
+    prompt_len: int,
+    answer: list[int],
+    info: dict[str, float],
+    weights_step: int,
+    sampled: dict[str, Any],
+) -> dict[str, Any]:
+    """What verl's replay buffer and metrics read without fetching a row, and what our trainer's hook does."""
+    facts = {"index": int(row["index"]), "response": answer, "reward": info["hit"]}
+    facts["structural_score"] = info["structural_score"]
+    if "catalogue_mass" in sampled:
+        facts["catalogue_mass"] = sampled["catalogue_mass"]
+    return {
+        "status": "success",
+        "prompt_len": prompt_len,
+        "response_len": len(answer),
+        "seq_len": prompt_len + len(answer),
+        "global_steps": int(row["global_steps"]),
+        "min_global_steps": weights_step,
+        "max_global_steps": weights_step,
+        ROLLOUT: facts,
+    }
+
+
 async def store(
     partition: str,
     keys: Sequence[str],
