@@ -154,8 +154,8 @@ def _measure(
     from recast_cli.console import progress
     from recast_cli.core.cost import ModelShape
     from recast_cli.profiling import sweep
+    from recast_cli.profiling.collect import num_steps
     from recast_cli.profiling.peak import matmul_peak
-    from recast_cli.profiling.profile import num_steps
     from recast_cli.training import placement
     from recast_cli.vocabulary import Vocabulary
 
@@ -211,7 +211,7 @@ def _launcher(
     on_step: Callable[[Any], None],
 ) -> Launch:
     """How to run one arm of a point: verl's worker alone, with the arguments of `recast train`."""
-    from recast_cli.profiling.profile import measured_steps
+    from recast_cli.profiling.collect import measured_steps
     from recast_cli.profiling.sweep import ROWS_PER_CALL
     from recast_cli.training import placement, verl_args
     from recast_cli.training.process import run_verl

@@ -74,6 +74,7 @@ def profile(
     import dataclasses
     import json
 
+    from recast_cli.commands._profile_runs import show_runs
     from recast_cli.commands._profile_sweep import run_sweep
     from recast_cli.console import note, print_json, progress
     from recast_cli.models import require_start
@@ -97,7 +98,7 @@ def profile(
                 "profile needs a recipe, or runs and nothing besides",
                 "recast profile RECIPE, or recast profile --from-run RUN",
             )
-        _profile_runs(from_run, out, json_output=json_output)
+        show_runs(from_run, out, json_output=json_output)
         return
     sizes = {"rl.prompts_per_step": prompts, "rl.group_size": group_size, "rl.mini_batch_prompts": "null"}
     given = [f"{name}={size}" for name, size in sizes.items() if size is not None]
@@ -127,7 +128,7 @@ def profile(
         recording = _record(settings, inputs, start, rows, scratch)
     jobs = out / "jobs"
     recording = dataclasses.replace(recording, path=jobs / recording.path.name)
-    with progress("profile", 2 * repeats * stage.num_steps(steps, traced)) as advance:
+    with progress("profile", 2 * repeats * settings.rl.steps) as advance:
         launch = _launcher(settings, inputs, start, rows, lambda _: advance(1))
         runs = stage.replay(recording, launch, jobs, steps=steps, repeats=repeats, traced=traced)
     result = stage.summarise(
@@ -157,29 +158,9 @@ def profile(
     note(f"wrote {out / 'profile.json'} and {out / 'profile.png'}")
 
 
-def _profile_runs(folders: list[Path], out: Path, *, json_output: bool) -> None:
-    """Print the phases of finished runs and write runs.json and runs.png."""
-    import json
-
-    from recast_cli.console import note, print_json, print_table
-    from recast_cli.outputs import atomic_text
-    from recast_cli.profiling import finished
-
-    runs = [finished.read_run(folder) for folder in folders]
-    if out.exists() and not out.is_dir():
-        raise ArtifactError(f"--out {out} is a file, needed a folder", "choose another --out")
-    atomic_text(out / "runs.json", json.dumps({"runs": runs}, indent=2) + "\n")
-    finished.plot(runs, out / "runs.png")
-    if json_output:
-        print_json(runs)
-    else:
-        print_table("Phases of a step", *finished.table(runs))
-    note(f"wrote {out / 'runs.json'} and {out / 'runs.png'}")
-
-
 def _settings(recipe: Recipe, steps: int, traced: int) -> Recipe:
     """The recipe with the profile's sizes: every step is one mini-batch, so one optimiser step."""
-    from recast_cli.profiling.profile import num_steps
+    from recast_cli.profiling.collect import num_steps
 
     rl = {
         "steps": num_steps(steps, traced),

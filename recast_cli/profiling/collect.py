@@ -7,12 +7,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from recast_cli.artifacts import read_json_lines
 from recast_cli.core.cost import ModelShape, Work, forward_flops, train_flops
+from recast_cli.profiling import trace
 
 # Phase -> verl's timer of it.
 TIMERS = {
@@ -24,6 +25,30 @@ HOOK = "timing_s/recast_hook"
 WORK = tuple(field.name for field in fields(Work))
 WARM_UP = 1  # steps
 MEMORY = 1  # steps at the end that track memory
+
+
+def num_steps(timed: int, traced: int = 0) -> int:
+    """Steps of a job: warm-up, timed, traced, memory."""
+    return WARM_UP + timed + traced + MEMORY
+
+
+def measured_steps(folder: Path, timed: int, traced: int) -> dict[str, str]:
+    """What a worker is told of the steps of a job (`verl_recast.measure`)."""
+    found = {
+        "RECAST_MEASURE": str(folder / "measured.jsonl"),
+        "RECAST_MEASURE_MEMORY_FROM": str(WARM_UP + timed + traced + 1),
+    }
+    if traced:
+        found |= {trace.FOLDER: str(folder / "trace"), trace.CALL: str(WARM_UP + timed + 1)}
+    return found
+
+
+_Record = TypeVar("_Record")
+
+
+def timed_of(records: Sequence[_Record], steps: int) -> Sequence[_Record]:
+    """What was recorded of the timed steps, of one record a step."""
+    return records[WARM_UP : WARM_UP + steps]
 
 
 @dataclass(frozen=True)
@@ -64,8 +89,8 @@ def read_run(
         replayed: The replay log.
         steps, traced: Timed steps, and those behind them that were traced.
     """
-    assert len(metrics) == WARM_UP + steps + traced + MEMORY, f"{len(metrics)} steps in the metrics of {arm}"
-    timed = metrics[WARM_UP : WARM_UP + steps]
+    assert len(metrics) == num_steps(steps, traced), f"{len(metrics)} steps in the metrics of {arm}"
+    timed = timed_of(metrics, steps)
     phases = [phase for phase, timer in TIMERS.items() if timer in timed[0]]
     seconds = {phase: [record[TIMERS[phase]] for record in timed] for phase in phases}
     if HOOK in timed[0]:
@@ -77,7 +102,7 @@ def read_run(
         assert len(found) == len(metrics), f"{len(found)} {phase} calls in {len(metrics)} steps of {arm}"
 
     def timed_calls(key: str) -> dict[str, list[float]]:
-        return {phase: [c[key] for c in found[WARM_UP : WARM_UP + steps]] for phase, found in worker.items()}
+        return {phase: [c[key] for c in timed_of(found, steps)] for phase, found in worker.items()}
 
     def last_call(key: str) -> dict[str, int]:
         return {phase: found[-1][key] for phase, found in worker.items()}

@@ -15,12 +15,10 @@ import numpy as np
 from recast_cli.core.cost import ModelShape
 from recast_cli.errors import EnvironmentFault
 from recast_cli.outputs import atomic_text
-from recast_cli.profiling import trace
 from recast_cli.profiling.collect import (
-    MEMORY,
-    WARM_UP,
     Run,
     arm_cost,
+    measured_steps,
     ratio_ranges,
     ratios,
     read_run,
@@ -48,11 +46,6 @@ class Job:
 
 
 Launch = Callable[[Job], list[dict[str, Any]]]  # runs it to its end and returns verl's metrics
-
-
-def num_steps(timed: int, traced: int = 0) -> int:
-    """Steps of a job: warm-up, timed, traced, memory."""
-    return WARM_UP + timed + traced + MEMORY
 
 
 def replay(
@@ -92,17 +85,6 @@ def _job(recording: Recording, arm: str, repeat: int, folder: Path, steps: int, 
         custom={"replay": str(recording.path.resolve()), "log": str(folder / "replayed.jsonl")},
         environment=measured_steps(folder, steps, traced),
     )
-
-
-def measured_steps(folder: Path, timed: int, traced: int) -> dict[str, str]:
-    """What a worker is told of the steps of a job (`verl_recast.measure`)."""
-    found = {
-        "RECAST_MEASURE": str(folder / "measured.jsonl"),
-        "RECAST_MEASURE_MEMORY_FROM": str(WARM_UP + timed + traced + 1),
-    }
-    if traced:
-        found |= {trace.FOLDER: str(folder / "trace"), trace.CALL: str(WARM_UP + timed + 1)}
-    return found
 
 
 def summarise(

@@ -19,7 +19,7 @@ import numpy as np
 from recast_cli.artifacts import read_json_lines
 from recast_cli.core.cost import ModelShape, Work
 from recast_cli.errors import RecipeError
-from recast_cli.profiling.collect import MEMORY, TIMERS, WARM_UP, phase_flops, worker_calls
+from recast_cli.profiling.collect import TIMERS, num_steps, phase_flops, timed_of, worker_calls
 
 PHASES = tuple(TIMERS)
 # Rows that an engine without packing reads in one call: more of them are no faster, and page faults slow
@@ -171,7 +171,7 @@ def run_point(
         spec = {
             "rollouts": str(folder / "rollouts.npz"),
             "kept": arm.kept,
-            "steps": WARM_UP + steps + traced + MEMORY,
+            "steps": num_steps(steps, traced),
             # One whole group in a call: what a group takes, however many a micro-batch has room for.
             "memory_tokens": point.group_tokens(arm, codes.num_levels),
         }
@@ -181,14 +181,14 @@ def run_point(
             {
                 "arm": name,
                 **vars(point),
-                **_cost(records[WARM_UP:][:steps], measured, work, shape, peak_flops),
+                **_cost(timed_of(records, steps), measured, work, shape, peak_flops),
             }
         )
     return rows
 
 
 def _cost(
-    timed: list[dict[str, Any]], measured: Path, work: Work, shape: ModelShape, peak_flops: float
+    timed: Sequence[dict[str, Any]], measured: Path, work: Work, shape: ModelShape, peak_flops: float
 ) -> dict[str, Any]:
     phases = [phase for phase in PHASES if f"{phase}_s" in timed[0]]
     flops = {phase: phase_flops(phase, shape, work) for phase in phases}
