@@ -10,10 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
+
+from commands import recast
 
 from recast_cli.outputs import atomic_text
 from recast_cli.provenance import git_state
@@ -43,8 +43,7 @@ def main() -> None:
     before = {"git": git_state(), "load_average_before": os.getloadavg()}
     with tempfile.TemporaryDirectory() as folder:
         command = ["profile", args.recipe, *args.overrides, *options, "--out", folder]
-        program = "import sys; from recast_cli.main import main; sys.argv[0] = 'recast'; main()"
-        subprocess.run([sys.executable, "-c", program, *command], check=True)
+        print(recast(Path(), *command), end="")
         result = json.loads((Path(folder) / "profile.json").read_text(encoding="utf-8"))
     for name in ("data", "tokenizer", "out", "model"):
         result["setting"]["recipe"].pop(name)

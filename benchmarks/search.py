@@ -16,9 +16,7 @@ Qwen3 of width 128 with 4 layers and random weights, a vocabulary of 1,000, 2,00
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from typing import Any
 import numpy as np
 import record
 import torch
+from timing import compared, in_turns
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from recast_cli.core.beam_search import Beams, beam_search
@@ -72,32 +71,6 @@ def make_prompts(length: int, *, common: int = 0) -> list[list[int]]:
     rng = np.random.default_rng(2)
     start = rng.integers(0, WORDS, common).tolist()
     return [start + rng.integers(0, WORDS, length - common).tolist() for _ in range(PROMPTS)]
-
-
-def in_turns(arms: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Processor seconds of each arm's repeats, which take turns; a first one is left out."""
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for repeat in range(repeats + 1):
-        for name, arm in arms.items():
-            start = time.process_time()
-            arm()
-            if repeat:
-                seconds[name].append(time.process_time() - start)
-    return seconds
-
-
-def compared(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
-    """Median, extremes and the ratio of medians over arm `recast`."""
-    medians = {name: statistics.median(found) for name, found in seconds.items()}
-    return {
-        name: {
-            "median_s": medians[name],
-            "min_s": min(found),
-            "max_s": max(found),
-            "ratio": medians[name] / medians["recast"],
-        }
-        for name, found in seconds.items()
-    }
 
 
 # -- 1. beams ------------------------------------------------------------------------------------------------

@@ -21,35 +21,29 @@ os.environ |= {
 }
 
 import argparse
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import record
 import torch
+from commands import recast
+from timing import compared, in_turns
 
 from verl_recast.catalogue import Catalogue
 
 RESULT = Path(__file__).parent / "results" / "search_vllm.json"
-PROGRAM = "import sys; from recast_cli.main import main; sys.argv[0] = 'recast'; main()"
 PROMPTS, GROUP, LEVELS = 64, 32, 3
 ENGINES = (256, 1024)  # sequences at once
 
 
 def artifacts(folder: Path) -> Path:
     """A tokenizer folder: its model, trie and vocabulary."""
-
-    def recast(*arguments: str) -> None:
-        command = [sys.executable, "-c", PROGRAM, *arguments]
-        subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL, check=True)
-
     log = ["--num-users", "3000", "--num-items", "2000", "--num-clusters", "50"]
-    recast("prepare-data", "synthetic", "--out", "data", *log)
+    recast(folder, "prepare-data", "synthetic", "--out", "data", *log)
     sizes = [
         "--embeddings",
         "cooccurrence",
@@ -60,7 +54,7 @@ def artifacts(folder: Path) -> Path:
         "--layers",
         "4",
     ]
-    recast("build-tokenizer", "--data", "data", "--out", "tokenizer", *sizes)
+    recast(folder, "build-tokenizer", "--data", "data", "--out", "tokenizer", *sizes)
     return folder / "tokenizer"
 
 
@@ -83,7 +77,7 @@ class VLLM:
             n=GROUP, max_tokens=LEVELS, temperature=1.0, detokenize=False, extra_args={"recast_given": 0}
         )
 
-    def sample(self, prompts: list[list[int]], _: int) -> list[list[list[int]]]:
+    def sample(self, prompts: list[list[int]]) -> list[list[list[int]]]:
         """Tokens of every answer, drawn by the engine's own state: seeds of requests fail on a CPU (0.28)."""
         self.engine.reset_prefix_cache()
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
@@ -100,7 +94,7 @@ class Recast:
         self.catalogue = Catalogue.load(folder)
         self.model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
 
-    def sample(self, prompts: list[list[int]], repeat: int) -> list[list[list[int]]]:
+    def sample(self, prompts: list[list[int]]) -> list[list[list[int]]]:
         from verl_recast.rollout.group_sampling import draw_groups
 
         group = draw_groups(
@@ -110,7 +104,7 @@ class Recast:
             range(len(prompts)),
             GROUP,
             sampling="iid",
-            step=repeat,
+            step=0,
             seed=0,
             temperature=1.0,
             top_p=1.0,
@@ -141,28 +135,17 @@ def main() -> None:
         words = min(catalogue.level_offsets)
         for length in (64, 512):
             prompts = np.random.default_rng(2).integers(0, words, (PROMPTS, length)).tolist()
-            seconds: dict[str, list[float]] = {name: [] for name in arms}
-            for repeat in range(args.repeats + 1):
-                for name, arm in arms.items():
-                    begin = time.perf_counter()
-                    answers = arm.sample(prompts, repeat)
-                    if repeat:
-                        seconds[name].append(time.perf_counter() - begin)
-                    assert all(tuple(answer) in items for group in answers for answer in group), name
-            base = statistics.median(seconds["recast"])
-            for name, found in seconds.items():
-                middle = statistics.median(found)
-                rows.append(
-                    {
-                        "prompt_length": length,
-                        "arm": name,
-                        "median_s": middle,
-                        "min_s": min(found),
-                        "max_s": max(found),
-                        "ratio": middle / base,
-                    }
-                )
-                print(f"{length:4} {name:22} {middle:7.3f} s {middle / base:6.1f}x", flush=True)
+            drawn: list[list[list[list[int]]]] = []
+
+            def drawing(arm: Any, prompts: Any = prompts, drawn: Any = drawn) -> Callable[[], None]:
+                return lambda: drawn.append(arm.sample(prompts))
+
+            asked = {name: drawing(arm) for name, arm in arms.items()}
+            found = compared(in_turns(asked, args.repeats, time.perf_counter))
+            assert all(tuple(answer) in items for groups in drawn for group in groups for answer in group)
+            for name, row in found.items():
+                rows.append({"prompt_length": length, "arm": name, **row})
+                print(f"{length:4} {name:22} {row['median_s']:7.3f} s {row['ratio']:6.1f}x", flush=True)
     record.write(args.result, start, {"prompts": PROMPTS, "group": GROUP, "rows": rows})
 
 

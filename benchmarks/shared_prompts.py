@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import record
+from commands import recast
 
 RESULT = Path(__file__).parent / "results" / "shared_prompts.json"
-PROGRAM = "import sys; from recast_cli.main import main; sys.argv[0] = 'recast'; main()"
 LENGTHS = {64: 16, 256: 8, 1024: 4}  # prompt tokens -> prompts of a batch
 GROUP = 32
 RECIPE = """
@@ -32,11 +30,6 @@ device: cpu
 threads: 1
 rl: {kl_coef: 0.001, learning_rate: 1.0e-5}
 """
-
-
-def recast(folder: Path, *arguments: str) -> str:
-    command = [sys.executable, "-c", PROGRAM, *arguments]
-    return subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def measure(steps: int) -> list[dict[str, Any]]:

@@ -11,11 +11,7 @@ each step: verl's own timers, and the share of it in which a model computes (rol
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,12 +19,14 @@ from typing import Any
 import numpy as np
 import polars as pl
 import record
+from commands import recast
+
+from recast_cli.artifacts import read_json_lines
+from recast_cli.profiling.finished import PHASES
 
 RESULT = Path(__file__).parent / "results" / "whole_step.json"
-PROGRAM = "import sys; from recast_cli.main import main; sys.argv[0] = 'recast'; main()"
 PROMPTS, GROUP, HISTORY = 64, 32, 51  # 51 items of 5 tokens and the next one's begin: 256
 ROW_TOKENS = 5 * HISTORY + 1 + 3
-PHASES = ("gen", "recast_hook", "old_log_prob", "ref", "adv", "update_actor", "update_weights")
 COMPUTING = ("rollout", "old_log_prob", "ref_log_prob", "actor_update")  # phases of the workers
 NUM_USERS, NUM_ITEMS = 640, 2000
 ARMS: dict[str, list[str]] = {
@@ -54,12 +52,6 @@ threads: 1
 ray_cpus: 8
 rl: {{prompts_per_step: {PROMPTS}, group_size: {GROUP}, learning_rate: 1.0e-12, warmup_steps: 0}}
 """
-
-
-def recast(folder: Path, *arguments: str, **environment: str) -> None:
-    command = [sys.executable, "-c", PROGRAM, *arguments]
-    env = {**os.environ, **environment}
-    subprocess.run(command, cwd=folder, env=env, stdout=subprocess.DEVNULL, check=True)
 
 
 def prepare(folder: Path) -> None:
@@ -94,10 +86,9 @@ def run(folder: Path, arm: str, steps: int) -> dict[str, Any]:
     measured = folder / f"{arm}.jsonl"
     options = [f"out={arm}", f"rl.steps={1 + steps}", "rl.save_every=-1", *ARMS[arm]]
     recast(folder, "train", "recipe.yaml", *options, RECAST_MEASURE=str(measured))
-    lines = [json.loads(line)["data"] for line in (folder / arm / "metrics.jsonl").read_text().splitlines()]
+    lines = [line["data"] for line in read_json_lines(folder / arm / "metrics.jsonl")]
     assert {line["prompt_length/mean"] for line in lines} == {5 * HISTORY + 1}
-    calls = [json.loads(line) for line in measured.read_text().splitlines()]
-    rollouts = [json.loads(line) for line in (folder / arm / "rollouts.jsonl").read_text().splitlines()]
+    calls, rollouts = read_json_lines(measured), read_json_lines(folder / arm / "rollouts.jsonl")
     timers = [
         {phase: line.get(f"timing_s/{phase}", 0.0) for phase in (*PHASES, "step")} for line in lines[1:]
     ]
@@ -133,7 +124,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         prepare(Path(temporary))
         for arm in args.arms:
-            # Cheap arms have more steps: their spread is seen at no cost.
             found[arm] = run(Path(temporary), arm, args.steps)
     hashes = {tuple(result["sha256"]) for result in found.values()}
     assert len(hashes) == 1, "the arms had different rollouts"
