@@ -23,6 +23,8 @@ import logging
 import os
 from typing import Any
 
+# `wanted` stands here because a refused package can import nothing of its own later.
+from verl_recast.actor_options import wanted
 from verl_recast.band import HOST, problem, require_tested
 from verl_recast.import_hooks import after_import
 
@@ -38,8 +40,6 @@ def _check_config_early() -> None:
 
     @functools.wraps(stock)
     def validate_config(config: Any, *args: Any, **kwargs: Any) -> None:
-        from verl_recast.actor_options import wanted  # here: `import verl` alone must not pay for it
-
         stock(config, *args, **kwargs)
         mode = (config.trainer.get("v1") or {}).get("trainer_mode")
         # The seed is of the rollouts too, which any trainer may have.
