@@ -4,7 +4,7 @@
 # TORCH_INDEX  package index for torch alone. On Linux without a GPU:
 #              make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
 # VLLM         version of vLLM's CPU build, for setup-vllm and test-vllm: one with a constraints/vllm-VERSION.txt
-# PYTEST_ARGS, DEMO_ARGS  passed through
+# PYTEST_ARGS, DEMO_ARGS, BENCH_ARGS  passed through
 
 SHELL := bash
 .DELETE_ON_ERROR:
@@ -17,6 +17,7 @@ VLLM ?= 0.28.0
 VLLM_TESTS ?= tests/plugin
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -33,7 +34,7 @@ VLLM_PIP := $(VLLM_BIN)/python -m pip --disable-pip-version-check --no-input
 DOTS := tee -a $(LOG) | awk '/^ *(Collecting|Downloading|Installing)/ { printf "."; fflush() } END { print "" }'
 FAILED = { echo "error: pip failed; last lines of $(LOG):" >&2; tail -n 15 $(LOG) >&2; exit 1; }
 
-.PHONY: help setup setup-vllm test test-verl test-vllm demo demo-short test-demo lint format clean
+.PHONY: help setup setup-vllm test test-verl test-vllm demo demo-short test-demo bench lint format clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -99,6 +100,9 @@ demo-short: setup ## the same path with few steps
 
 test-demo: setup ## what demo-short left behind, and that a second run reuses it
 	@$(BIN)/python -m pytest -m demo $(PYTEST_ARGS)
+
+bench: setup ## the regression benchmarks beside their stored ratios (10 minutes; BENCH_ARGS)
+	@$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)
 
 lint: setup ## ruff and mypy
 	@echo 'ruff and mypy (a minute the first time)'

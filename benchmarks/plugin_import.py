@@ -37,6 +37,11 @@ def seconds() -> tuple[float, float]:
     return float(verl), float(plugin)
 
 
+def measure(repeats: int) -> list[tuple[float, float]]:
+    """`seconds` of fresh processes; a first one, which reads the files from the disk, is left out."""
+    return [seconds() for _ in range(repeats + 1)][1:]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -46,7 +51,7 @@ def main() -> None:
     args = parser.parse_args()
 
     start = record.before()
-    found = [seconds() for _ in range(args.repeats + 1)][1:]  # the first reads the files from the disk
+    found = measure(args.repeats)
     verl = statistics.median(verl for verl, _ in found)
     plugin = sorted(plugin for _, plugin in found)
     median = statistics.median(plugin)

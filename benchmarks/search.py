@@ -115,7 +115,7 @@ def same_answers(found_BGL: torch.Tensor, beams: Beams, offsets: Sequence[int]) 
     return sum({*map(tuple, theirs)} == {*map(tuple, ours)} for theirs, ours in pairs)
 
 
-def beams(repeats: int) -> dict[str, Any]:
+def beams(repeats: int, *, chunks: Sequence[int] = (4, 16, PROMPTS)) -> dict[str, Any]:
     model, prompts = make_model(), make_prompts(64)
     codes_NL, trie, offsets = make_catalogue(2000)
 
@@ -123,7 +123,7 @@ def beams(repeats: int) -> dict[str, Any]:
         return beam_search(model, trie, offsets, prompts, GROUP, pad_token_id=PAD)
 
     arms: dict[str, Callable[[], Any]] = {"recast": ours}
-    for chunk in (4, 16, PROMPTS):
+    for chunk in chunks:
         arms[f"hugging face, {chunk} prompts a call"] = partial(
             hugging_face_beams, model, codes_NL, offsets, prompts, chunk
         )
@@ -146,7 +146,7 @@ def tokens_read(samples: Samples, length: int) -> tuple[int, int]:
     return PROMPTS * length + nodes, PROMPTS * GROUP * (length + LEVELS - 1)
 
 
-def samples(length: int, repeats: int) -> dict[str, Any]:
+def samples(length: int, repeats: int, *, budgets: Sequence[int] = (1024, 4096, 16384)) -> dict[str, Any]:
     model, prompts = make_model(), make_prompts(length)
     _, trie, offsets = make_catalogue(2000)
     uniforms_BGL = torch.rand(PROMPTS, GROUP, LEVELS, dtype=torch.float64, generator=torch.manual_seed(3))
@@ -160,7 +160,7 @@ def samples(length: int, repeats: int) -> dict[str, Any]:
         return sample(model, trie, offsets, alone, draws, pad_token_id=PAD, token_budget=token_budget)
 
     arms: dict[str, Callable[[], Any]] = {"recast": grouped}
-    for budget in (1024, 4096, 16384):
+    for budget in budgets:
         arms[f"rollouts alone, {budget} tokens a call"] = partial(apart, budget)
     seconds = in_turns(arms, repeats)
     together, alone_tokens = tokens_read(grouped(), length)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ rl: {kl_coef: 0.001, learning_rate: 1.0e-5}
 """
 
 
-def measure(steps: int) -> list[dict[str, Any]]:
-    """The rows of all three sweeps."""
+def measure(steps: int, batches: Mapping[int, int] = LENGTHS) -> list[dict[str, Any]]:
+    """The rows of a sweep at each prompt length, whose batch is given with it."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         log = ["--num-users", "3000", "--num-items", "2000", "--num-clusters", "50"]
@@ -42,7 +43,7 @@ def measure(steps: int) -> list[dict[str, Any]]:
         recast(folder, "build-tokenizer", "--data", "data", "--out", "tokenizer", *sizes)
         (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
         rows: list[dict[str, Any]] = []
-        for length, batch in LENGTHS.items():
+        for length, batch in batches.items():
             options = [
                 "--sweep",
                 f"prompt_length={length}",

@@ -11,10 +11,11 @@ import argparse
 import statistics
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import record
+from timing import in_turns, wall
 
 RESULT = Path(__file__).parent / "results" / "start_up.json"
 COMMANDS = {
@@ -22,6 +23,15 @@ COMMANDS = {
     "recast --help": [str(Path(sys.executable).parent / "recast"), "--help"],
     "recast --version": [str(Path(sys.executable).parent / "recast"), "--version"],
 }
+
+
+def measure(repeats: int) -> dict[str, list[float]]:
+    """Seconds of each command, in turns; a first one, which reads the files from the disk, is left out."""
+    arms = {
+        name: partial(subprocess.run, command, check=True, stdout=subprocess.DEVNULL)
+        for name, command in COMMANDS.items()
+    }
+    return in_turns(arms, repeats, wall)
 
 
 def main() -> None:
@@ -33,18 +43,11 @@ def main() -> None:
     args = parser.parse_args()
 
     start = record.before()
-    seconds: dict[str, list[float]] = {name: [] for name in COMMANDS}
-    for _ in range(args.repeats + 1):  # the first reads the files from the disk
-        for name, command in COMMANDS.items():
-            began = time.perf_counter()
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            seconds[name].append(time.perf_counter() - began)
-    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    seconds = measure(args.repeats)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
     for name, values in seconds.items():
-        print(
-            f"{name:17} {medians[name]:.3f} s ({min(values[1:]):.3f}-{max(values[1:]):.3f}), "
-            f"first {values[0]:.3f} s, {medians[name] / medians['python']:.1f} x python"
-        )
+        spread = f"({min(values):.3f}-{max(values):.3f})"
+        print(f"{name:17} {medians[name]:.3f} s {spread}, {medians[name] / medians['python']:.1f} x python")
     record.write(args.result, start, {"seconds": seconds, "median": medians})
 
 
