@@ -20,7 +20,7 @@ def profile(
         Path | None, typer.Argument(help="YAML recipe, for example recipes/ml-100k/recast.yaml.")
     ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example threads=1.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for profile.json, profile.png and logs.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for profile.json, .png, .html and logs.")] = Path(
         "runs/profile"
     ),
     model: Annotated[
@@ -76,11 +76,13 @@ def profile(
 
     from recast_cli.commands._profile_runs import show_runs
     from recast_cli.commands._profile_sweep import run_sweep
-    from recast_cli.console import note, print_json, progress
+    from recast_cli.console import console, note, print_json, print_table, progress
     from recast_cli.models import require_start
-    from recast_cli.outputs import refuse_inside
+    from recast_cli.outputs import atomic_text, refuse_inside
     from recast_cli.profiling import profile as stage
+    from recast_cli.profiling import report
     from recast_cli.profiling.folder import new_folder
+    from recast_cli.profiling.page import page
     from recast_cli.profiling.peak import matmul_peak
     from recast_cli.profiling.plot import plot
     from recast_cli.profiling.trace import merge
@@ -151,11 +153,17 @@ def profile(
     for arm in stage.ARMS if trace else ():
         merge(jobs / f"{arm}-{repeats}" / "trace", out / "trace" / f"{arm}.json.gz")
     plot(result, out / "profile.png")
+    lines, table = report.lines(result), report.table(result)
+    described = "seconds and memory of each phase"
+    text = page("What the actor costs", lines, out / "profile.png", described, table)
+    atomic_text(out / "profile.html", text)
     if json_output:
         print_json(result)
     else:
-        print_profile(result)
-    note(f"wrote {out / 'profile.json'} and {out / 'profile.png'}")
+        print_table("Cost of a step: median (min-max)", *table)
+        for line in lines:
+            console().print(line)
+    note(f"wrote {out / 'profile.json'}, {out / 'profile.png'} and {out / 'profile.html'}")
 
 
 def _settings(recipe: Recipe, steps: int, traced: int) -> Recipe:
@@ -257,51 +265,3 @@ def _arguments(
         num_levels=inputs.num_levels,
         rollout_log=None,
     )
-
-
-def print_profile(result: dict[str, Any]) -> None:
-    """Print the table on stdout, and what was measured below it."""
-    from recast_cli.console import console, print_table
-
-    arms, setting = result["arms"], result["setting"]
-    ratio, inside = result["cost"]["ratio"], result["cost"]["worker_ratio"]
-    stock, recast = arms["stock"], arms["recast"]
-    rows: list[list[Any]] = []
-    for phase in ("hook", "old_log_prob", "ref_log_prob", "actor_update", "actor_total"):
-        if phase in recast["seconds"]:
-            cells = [_seconds(cost["seconds"].get(phase)) for cost in (stock, recast)]
-            rows.append([f"{phase.replace('_', ' ')}, s", *cells, _times(ratio.get(phase))])
-    for phase in inside:
-        cells = [_seconds(cost["worker_seconds"][phase]) for cost in (stock, recast)]
-        rows.append([f"{phase.replace('_', ' ')}, s in the worker", *cells, _times(inside[phase])])
-    for phase in stock["mfu"]:
-        cells = [f"{cost['mfu'][phase]:.1%}" for cost in (stock, recast)]
-        rows.append([f"{phase.replace('_', ' ')}, MFU", *cells, None])
-    for name, unit, scale in (("tokens", "tokens", 1.0), ("flops", "GFLOP", 1e9)):
-        cells = [f"{sum(cost[name].values()) / scale:,.0f}" for cost in (stock, recast)]
-        rows.append([f"all phases, {unit}", *cells, _times(ratio[name])])
-    for phase in stock["peak_bytes"]:
-        cells = [
-            f"{(c['peak_bytes'][phase] + c['resident_bytes'][phase]) / 2**20:,.0f}" for c in (stock, recast)
-        ]
-        rows.append([f"{phase.replace('_', ' ')}, peak MiB", *cells, None])
-    rows.append(["worst phase, peak MiB", None, None, _times(ratio["peak_memory"])])
-    print_table("Cost of a step: median (min-max)", ["", "stock GRPO", "ReCast", "stock/ReCast"], rows)
-    kept, total = result["cost"]["kept"], stock["seconds"]["actor_total"]["count"]
-    for line in (
-        f"{setting['prompts']} prompts of {setting['prompt_tokens_mean']:.0f} tokens (at most "
-        f"{setting['prompt_tokens_max']}) x {setting['group_size']} rollouts, {setting['parameters']:,} "
-        f"parameters, {setting['device']} ({setting['cpu']}), {setting['threads']} threads",
-        f"kept {kept['samples']}/{kept['rollouts']} rollouts, {kept['trainable_groups']} groups trainable; "
-        f"{len(stock['repeats'])} processes and {total} timed steps an arm; "
-        f"matrix-product peak {setting['peak_flops'] / 1e9:,.0f} GFLOP/s; RL rows: {setting['rl_rows']}",
-    ):
-        console().print(line)
-
-
-def _seconds(value: dict[str, float] | None) -> str | None:
-    return f"{value['median']:.3f} ({value['min']:.3f}-{value['max']:.3f})" if value else None
-
-
-def _times(value: float | None) -> str | None:
-    return f"{value:.2f}x" if value is not None else None

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from recast_cli.profiling.page import page as html_page
 from recast_cli.profiling.sweep import ARMS, PHASES
 
 AXES = ("prompt_length", "group_size", "batch", "hidden_size", "layers")
@@ -154,6 +153,7 @@ def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
         *(f"{phase.replace('_', ' ')}, {SECONDS[kind]}" for phase in phases),
         "stock/arm",
         "operations",
+        "update, MFU",
         "tokens",
         "peak MiB",
     ]
@@ -164,6 +164,7 @@ def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
             *(f"{row[f'{phase}_{kind}']:.3f}" for phase in phases),
             f"{row['ratio']['all']:.1f}x",
             f"{row['ratio']['flops']:.1f}x",
+            f"{row['actor_update_mfu']:.0%}",
             f"{row['tokens']:,}",
             f"{row['peak_memory_bytes'] / MIB:,.0f}",
         ]
@@ -174,21 +175,10 @@ def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
 
 def page(result: dict[str, Any], picture: Path) -> str:
     """One HTML file: the setting, the picture, the table."""
-    headers, cells = table(result["rows"])
-    head = "".join(f"<th>{html.escape(text)}</th>" for text in headers)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in cells
-    )
     setting = ", ".join(f"{name} {value}" for name, value in result["setting"].items() if name in SHOWN)
-    image = base64.b64encode(picture.read_bytes()).decode()
-    return (
-        '<!doctype html><meta charset="utf-8"><title>recast profile --sweep</title><style>'
-        "body{font:14px system-ui,sans-serif;max-width:1100px;margin:2em auto;color:#222}"
-        "img{max-width:100%}table{border-collapse:collapse}"
-        "td,th{padding:.25em .7em;text-align:right;border-bottom:1px solid #e5e8eb}</style>"
-        "<h1>What the actor costs, point by point</h1>"
-        f"<p>{html.escape(setting)}. One worker alone: no queue, no trainer. Seconds are medians of timed "
-        "steps; stock/arm is over all phases; operations is the ratio that the count predicts.</p>"
-        f'<img alt="ratios, seconds and memory over the sweep" src="data:image/png;base64,{image}">'
-        f"<table><tr>{head}</tr>{body}</table>\n"
+    text = (
+        f"{setting}. One worker alone: no queue, no trainer. Seconds are medians of timed steps; stock/arm "
+        "is over all phases; operations is the ratio that the count predicts."
     )
+    described, title = "ratios, seconds and memory over the sweep", "What the actor costs, point by point"
+    return html_page(title, [text], picture, described, table(result["rows"]))

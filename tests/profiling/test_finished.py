@@ -69,6 +69,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert [run["step_s"] for run in json.loads(done.stdout)] == [3, 3]
     assert json.loads((tmp_path / "out" / "runs.json").read_text())["runs"] == json.loads(done.stdout)
     assert (tmp_path / "out" / "runs.png").stat().st_size > 5_000
+    assert "<td>actor update</td>" in (tmp_path / "out" / "runs.html").read_text(encoding="utf-8")
     for options, message in (
         ([], "error: profile needs a recipe, or runs and nothing besides"),
         (["recipe.yaml", "--from-run", "a"], "error: profile needs a recipe"),

@@ -66,6 +66,8 @@ def test_both_arms_replay_the_same_rollouts(workspace: Path) -> None:
     result = json.loads(done.stdout)
     assert result == json.loads((workspace / "out" / "profile.json").read_text())
     assert (workspace / "out" / "profile.png").stat().st_size > 10_000
+    html = (workspace / "out" / "profile.html").read_text(encoding="utf-8")
+    assert "3 prompts of" in html and "<td>actor update, s</td>" in html
 
     # what either job stored in verl's queue in four steps (warm-up, timed, traced, memory): one batch
     digests = []
