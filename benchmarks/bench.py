@@ -44,9 +44,8 @@ def _start_up() -> Figures:
 
 
 def _plugin() -> Figures:
-    found = plugin_import.measure(5)
-    turns = [verl / (verl + plugin) for verl, plugin in found]
-    name = "import verl / with the plugin"
+    turns = [verl / plugin for verl, plugin in plugin_import.measure(9)]
+    name = "import verl / the plugin"
     return {name: {"ratio": statistics.median(turns), "ratio_range": [min(turns), max(turns)]}}
 
 
@@ -84,7 +83,10 @@ def _search() -> Figures:
 def _actor() -> Figures:
     rows = shared_prompts.measure(2, {256: 8})
     return {
-        f"actor: stock / {row['arm']}": {"ratio": row["ratio"]["all"], "ratio_range": None}
+        f"actor: stock / {row['arm']}": {
+            "ratio": row["ratio"]["all"],
+            "ratio_range": shared_prompts.spread(rows, row),
+        }
         for row in rows
         if row["arm"] != "stock"
     }
@@ -132,12 +134,12 @@ def table(found: Mapping[str, Any], stored: Mapping[str, Any]) -> list[list[str]
     """A row for each ratio: now, extremes of the turns, stored, and the change."""
     rows = []
     for name, figure in found.items():
-        turns, old = figure["ratio_range"], stored.get(name)
+        (low, high), old = figure["ratio_range"], stored.get(name)
         rows.append(
             [
                 name,
                 f"{figure['ratio']:.2f}x",
-                f"{turns[0]:.2f}-{turns[1]:.2f}" if turns else "",
+                f"{low:.2f}-{high:.2f}",
                 f"{old['ratio']:.2f}x" if old else "new",
                 f"{figure['ratio'] / old['ratio'] - 1:+.0%}" if old else "",
             ]

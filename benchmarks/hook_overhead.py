@@ -3,7 +3,7 @@
     python benchmarks/hook_overhead.py
 
 64 prompts of 32 rollouts, a small model on the CPU; the hook's work depends on the number of rollouts and not
-on the model. It reads every rollout from the TransferQueue, writes the anchors and clears what is dropped.
+on the model. It reads one prompt of each group, writes the anchors, completes the pairs and clears the rest.
 """
 
 from __future__ import annotations

@@ -32,6 +32,10 @@ def check_config(config: Any) -> None:
     _require(not critic, "critic.enable", config.critic.get("enable"), needed)
     distilled = bool((config.get("distillation") or {}).get("enabled"))
     _require(not distilled, "distillation.enabled", distilled, "False (this trainer has no such loss)")
+    if settings.contrasts:
+        replayed = bool(((config.get("skip") or {}).get("rollout_tq") or {}).get("enable"))
+        needed = "False (rollouts that will be dropped are stored without their prompt)"
+        _require(not replayed, "skip.rollout_tq.enable", replayed, needed)
     _check_batches(config, KEPT_PER_GROUP if settings.contrasts else worker.rollout.n)
     _require(not worker.actor.shuffle, "actor.shuffle", True, "False (mini-batches are laid out by prompt)")
     _check_loss(worker)

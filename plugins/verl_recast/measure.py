@@ -117,9 +117,9 @@ def _tracker(name: str, on_gpu: bool) -> AllocationTracker | AcceleratorPeak | N
 
 @contextlib.contextmanager
 def _traced(name: str, on_gpu: bool) -> Iterator[None]:
-    """torch's profiler around the call that `RECAST_TRACE_CALL` names."""
+    """torch's profiler around one call of a phase: number `RECAST_TRACE_CALL`, the second by default."""
     folder = os.environ.get("RECAST_TRACE")
-    if not folder or _calls[name] != int(os.environ["RECAST_TRACE_CALL"]):
+    if not folder or _calls[name] != int(os.environ.get("RECAST_TRACE_CALL", "2")):
         yield
         return
     from torch.profiler import ProfilerActivity, profile, record_function

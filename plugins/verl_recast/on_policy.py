@@ -73,6 +73,11 @@ def with_own_log_probs(loss: Callable[..., Any]) -> Callable[..., Any]:
     return on_policy
 
 
+# Rates of a config; those of heads that a language model does not have are set by default in some.
+_RATES = ("dropout", "pdrop", "dropout_prob", "router_jitter_noise")
+_UNUSED = ("classifier_", "summary_")
+
+
 def require_no_dropout(module: torch.nn.Module) -> None:
     """Refuse a model that is another one while it learns.
 
@@ -80,7 +85,8 @@ def require_no_dropout(module: torch.nn.Module) -> None:
         ValueError: naming what drops out.
     """
     config = getattr(module, "config", None)
-    rates = {name: getattr(config, name) for name in dir(config) if name.endswith(("dropout", "pdrop"))}
+    named = [name for name in dir(config) if name.endswith(_RATES) and not name.startswith(_UNUSED)]
+    rates = {name: getattr(config, name) for name in named}
     rates |= {name: each.p for name, each in module.named_modules() if isinstance(each, torch.nn.Dropout)}
     found = next(((name, rate) for name, rate in rates.items() if isinstance(rate, float) and rate > 0), None)
     if found is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,7 @@ def run_sweep(
         pass  # what the processes are told holds the folder's name: they start when it is in its place
     for name in ("sweep.json", "sweep.png", "sweep.html"):  # of an earlier sweep, whose jobs are gone
         (out / name).unlink(missing_ok=True)
+    shutil.rmtree(out / "trace", ignore_errors=True)
     rows = report.with_ratios(
         _measure(settings, inputs, model, points, (out / "jobs").resolve(), steps, traced), compared
     )

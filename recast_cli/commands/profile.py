@@ -27,7 +27,9 @@ def profile(
         Path | None,
         typer.Option(help="Hugging Face folder. Default: the recipe's model, its warm start, or untrained."),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, max=10_000, help="Timed steps of each job.")] = 5,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=10_000, help="Timed steps of each job. Default: 5.")
+    ] = None,
     repeats: Annotated[
         int | None, typer.Option(min=1, max=1000, help="Fresh processes of each arm. Default: 2.")
     ] = None,
@@ -73,6 +75,7 @@ def profile(
     """
     import dataclasses
     import json
+    import shutil
 
     from recast_cli.commands._profile_runs import show_runs
     from recast_cli.commands._profile_sweep import run_sweep
@@ -95,13 +98,15 @@ def profile(
     from recast_cli.training.verl_args import RL_MODULE
 
     if from_run or recipe is None:
-        if recipe is not None or not from_run or sweep or trace:
+        others = (overrides, model, steps, repeats, prompts, group_size, sweep)
+        if recipe is not None or not from_run or trace or any(other is not None for other in others):
             raise RecipeError(
                 "profile needs a recipe, or runs and nothing besides",
                 "recast profile RECIPE, or recast profile --from-run RUN",
             )
         show_runs(from_run, out, json_output=json_output)
         return
+    steps = steps or 5
     sizes = {"rl.prompts_per_step": prompts, "rl.group_size": group_size, "rl.mini_batch_prompts": "null"}
     given = [f"{name}={size}" for name, size in sizes.items() if size is not None]
     loaded = load_recipe(recipe, [*(overrides or []), *given])
@@ -126,6 +131,7 @@ def profile(
         return
     rows = draw_rows(inputs.tokenizer / "verl" / "rl.parquet", settings.rl.prompts_per_step, settings.seed)
     peak_flops = matmul_peak(device, threads) * settings.num_gpus
+    shutil.rmtree(out / "trace", ignore_errors=True)  # of an earlier profile
     with new_folder(out / "jobs") as scratch:
         recording = _record(settings, inputs, start, rows, scratch)
     jobs = out / "jobs"

@@ -110,6 +110,8 @@ def beam_searches(
         for _ in exclusions
     ]
     given_BL = torch.as_tensor(np.empty((0, trie.num_levels), np.int64) if given_BL is None else given_BL)
+    if bool(((given_BL < 0) | (given_BL >= torch.tensor(trie.codebook_sizes))).any()):
+        raise ValueError(f"codes of a given answer lie outside 0..K-1 of their levels: {trie.codebook_sizes}")
     log_probs_BL = torch.zeros(given_BL.shape)
     args = (model, trie, level_offsets, prompts, pad_token_id, exclusions, token_budget)
     with decoding_mode(model):

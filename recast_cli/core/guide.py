@@ -126,8 +126,10 @@ def _codes_of(level: int, trie: Trie, offsets: Sequence[int]) -> slice:
 
 def _require_codes(model: Any, trie: Trie, offsets: Sequence[int]) -> None:
     """Refuse codes that the model has no token for."""
-    head = model.get_output_embeddings()
-    vocabulary = len(head.weight)
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    if weight is None:
+        raise ValueError(f"{type(model).__name__} has no output head with a weight for each token")
+    vocabulary = len(weight)
     last = max(_codes_of(level, trie, offsets).stop for level in range(trie.num_levels)) - 1
     if min(offsets) < 0 or last >= vocabulary:
         raise ValueError(f"codes use token ids {min(offsets)}..{last} of {vocabulary}")

@@ -16,9 +16,10 @@ from torch.nn.functional import linear
 
 @contextmanager
 def only_columns(model: Any, columns: slice | None) -> Iterator[None]:
-    """Inside the block the head of `model` gives these columns; all of them where the head is no `Linear`."""
+    """Inside the block the head of `model` gives these columns; all of them where the head is no plain
+    `Linear`, or somebody else has taken its place in front of it already."""
     head = model.get_output_embeddings()
-    if columns is None or type(head) is not Linear:
+    if columns is None or type(head) is not Linear or "forward" in vars(head):
         yield
         return
 

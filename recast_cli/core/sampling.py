@@ -5,8 +5,7 @@ prefix share its tokens. The model's generation_config is never read: a checkpoi
 penalty must not leak in. Probabilities are float32, draws float64.
 
 Shapes: B prompts, G rollouts, S slots (distinct partial answers of a prompt, padded with copies of slot 0),
-L levels,
-D codes below a node, K codes of a level, V vocabulary.
+L levels, D codes below a node, K codes of a level, V vocabulary.
 """
 
 from __future__ import annotations

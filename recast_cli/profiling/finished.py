@@ -10,7 +10,7 @@ from typing import Any
 from recast_cli.artifacts import load_manifest, read_json_lines
 from recast_cli.errors import ArtifactError
 
-# Timers of verl's trainer -> what they are called in a table; what is left of a step is `other`.
+# Timers of verl's trainer -> what they are called in a table; all others are part of `other`.
 PHASES = {
     "gen": "rollouts",
     "recast_hook": "selection (hook)",
@@ -19,9 +19,10 @@ PHASES = {
     "adv": "advantages",
     "update_actor": "actor update",
     "update_weights": "new weights",
+    "save_checkpoint": "checkpoint",
 }
 TOKENS = "perf/total_num_tokens"  # that the actor reads
-COLOURS = ("#9aa5b1", "#d1495b", "#2a7fb8", "#5b8fb0", "#e5e8eb", "#e8a33d", "#6b7682", "#f4f5f6")
+COLOURS = ("#9aa5b1", "#d1495b", "#2a7fb8", "#5b8fb0", "#e5e8eb", "#e8a33d", "#6b7682", "#b7c7b0", "#f4f5f6")
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -143,19 +143,21 @@ def _memory(axes: Any, rows: Sequence[dict[str, Any]], across: str) -> None:
     _axes(axes, across, places, "peak MiB of one group above weights")
 
 
-def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
-    """Headers and cells, for a terminal or a page."""
+def table(rows: Sequence[dict[str, Any]], *, by_phase: bool = False) -> tuple[list[str], list[list[Any]]]:
+    """Headers and cells, for a terminal or (`by_phase`: MFU and memory of each) a page."""
     axes = [axis for axis in AXES if any(row[axis] is not None for row in rows)]
     kind, phases = rows[0]["compared"], phases_of(rows[0])
+    inside = phases if by_phase else ()
     headers = [
         *(axis.replace("_", " ") for axis in axes),
         "arm",
-        *(f"{phase.replace('_', ' ')}, {SECONDS[kind]}" for phase in phases),
+        *(f"{_words(phase)}, {SECONDS[kind]}" for phase in phases),
         "stock/arm",
         "operations",
-        "update, MFU",
         "tokens",
         "peak MiB",
+        *(f"{_words(phase)}, MFU" for phase in inside),
+        *(f"{_words(phase)}, peak MiB" for phase in inside),
     ]
     cells = [
         [
@@ -164,13 +166,18 @@ def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
             *(f"{row[f'{phase}_{kind}']:.3f}" for phase in phases),
             f"{row['ratio']['all']:.1f}x",
             f"{row['ratio']['flops']:.1f}x",
-            f"{row['actor_update_mfu']:.0%}",
             f"{row['tokens']:,}",
             f"{row['peak_memory_bytes'] / MIB:,.0f}",
+            *(f"{row[f'{phase}_mfu']:.0%}" for phase in inside),
+            *(f"{row[f'{phase}_peak_bytes'] / MIB:,.1f}" for phase in inside),
         ]
         for row in rows
     ]
     return headers, cells
+
+
+def _words(phase: str) -> str:
+    return phase.replace("_", " ")
 
 
 def page(result: dict[str, Any], picture: Path) -> str:
@@ -181,4 +188,4 @@ def page(result: dict[str, Any], picture: Path) -> str:
         "is over all phases; operations is the ratio that the count predicts."
     )
     described, title = "ratios, seconds and memory over the sweep", "What the actor costs, point by point"
-    return html_page(title, [text], picture, described, table(result["rows"]))
+    return html_page(title, [text], picture, described, table(result["rows"], by_phase=True))

@@ -257,7 +257,9 @@ def _method_options(recipe: Recipe) -> dict[str, Any]:
     seed = {"+algorithm.recast.seed": recipe.seed}  # of the rollouts too: every method draws alike
     if method.name not in (*CONTRASTING, *REPAIRING):
         mode = {"trainer.v1.trainer_mode": "sync"}
-        if recipe.rl.on_policy:  # our trainer leaves the pass out, and does nothing else here
+        if (
+            recipe.rl.on_policy
+        ):  # our trainer leaves the pass out, keeps whole groups and logs its own metrics
             mode = {"trainer.v1.trainer_mode": "recast", "+algorithm.recast.arm": "stock"}
         return {**mode, "algorithm.adv_estimator": "grpo", **seed}
     # A group that was only repaired is normalised like any other.

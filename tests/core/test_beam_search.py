@@ -143,6 +143,15 @@ def test_one_reading_serves_several_searches_and_given_answers(model, trie: Trie
         torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("code", [-1, 9])
+def test_given_answers_of_codes_that_no_level_has_are_refused(model, trie: Trie, code: int) -> None:
+    """-1 would be read as the last code."""
+    given = np.array(CODES[[4, 0, 7, 2]])
+    given[2, 1] = code
+    with pytest.raises(ValueError, match=r"codes of a given answer lie outside 0\.\.K-1 of their levels"):
+        beam_searches(model, trie, OFFSETS, PROMPTS, 8, pad_token_id=PAD, exclusions=[None], given_BL=given)
+
+
 def test_searches_feed_the_beams_they_share_once(model, trie: Trie) -> None:
     def tokens_fed(exclusions) -> int:
         fed: list[int] = []

@@ -48,6 +48,17 @@ def test_columns_of_any_head(head: nn.Module) -> None:
     assert chosen(whole, None) is whole
 
 
+def test_a_head_that_somebody_else_has_wrapped_stays_wrapped() -> None:
+    """As accelerate's hooks do: in `vars` of the instance."""
+    head, hidden = nn.Linear(4, 9), torch.randn(1, 4)
+    calls: list[int] = []
+    vars(head)["forward"] = lambda given: calls.append(1) or nn.Linear.forward(head, given)
+    model = WithHead(head)
+    with only_columns(model, slice(0, 2)):
+        assert model(hidden).shape == (1, 9)
+    assert model(hidden).shape == (1, 9) and len(calls) == 2
+
+
 def test_the_head_is_itself_again_after_an_error() -> None:
     model, hidden = WithHead(nn.Linear(4, 9)), torch.randn(1, 4)
     with pytest.raises(RuntimeError, match="stop"), only_columns(model, slice(0, 2)):

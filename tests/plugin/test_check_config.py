@@ -83,7 +83,12 @@ def test_one_forward_pass_an_update_needs_one_update_a_batch_and_nobody_else_who
         (f"{prefix}.actor.ppo_epochs=2", "ppo_epochs is 2, needs 1"),
         (f"{prefix}.rollout.calculate_log_probs=True", "calculate_log_probs is True, needs False"),
         ("algorithm.use_kl_in_reward=True", "use_kl_in_reward is True, needs False"),
-        ("algorithm.rollout_correction.rollout_is=token", "rollout_correction.rollout_is is set, needs null"),
+        ("algorithm.rollout_correction.rollout_is=token", "rollout_is is set, needs null"),
+        ("algorithm.rollout_correction.rollout_rs=token", "rollout_rs is set, needs null"),
+        (
+            "algorithm.rollout_correction.bypass_mode=True",
+            "bypass_mode is set, needs null",
+        ),
     ):
         with pytest.raises(ValueError, match=rf"custom\.on_policy: .*{message}"):
             check_config(config(*good, override, *arm("stock", "grpo")))
@@ -144,6 +149,7 @@ def test_a_catalogue_that_nobody_or_not_everybody_reads_is_refused(
         ("algorithm.adv_estimator=grpo", "algorithm.adv_estimator is grpo, needs recast"),
         ("algorithm.use_kl_in_reward=True", "algorithm.use_kl_in_reward is True, needs False"),
         ("algorithm.filter_groups.enable=True", "algorithm.filter_groups.enable is True, needs False"),
+        ("skip.rollout_tq.enable=True", "skip.rollout_tq.enable is True, needs False (rollouts that will be"),
         ("algorithm.rollout_correction.bypass_mode=True", "bypass_mode is True, needs False"),
         ("trainer.use_v1=False", "trainer.use_v1 is False, algorithm.adv_estimator=recast needs True"),
         ("trainer.v1.trainer_mode=sync", "trainer.v1.trainer_mode is sync, algorithm.adv_estimator=recast"),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from test_loss_equality import KL_AND_ENTROPY, case, gradients, make_step
+from transformers import GPT2Config, GPTNeoXConfig, MixtralConfig
 
 from verl_recast.on_policy import require_no_dropout
 
@@ -64,6 +65,19 @@ def test_gradients_are_those_of_a_pass_for_old_log_probs(found: Found, ranks: in
         assert one.norm() > 1e-4
         assert float((one - other).norm() / one.norm()) <= 5e-6
         assert float((one - wrong).norm() / one.norm()) > 1e-2  # old log-probs do matter here
+
+
+def test_rates_that_a_language_model_does_not_use_are_no_dropout() -> None:
+    """Both are 0.1 by default, of heads that classify."""
+    neox = GPTNeoXConfig(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, intermediate_size=8)
+    rates = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    for config in (neox, GPT2Config(n_embd=8, n_head=2, n_layer=1, **rates)):
+        model = torch.nn.Linear(2, 2)
+        model.config = config
+        require_no_dropout(model)
+    model.config = MixtralConfig(hidden_size=8, num_attention_heads=2, router_jitter_noise=0.2)
+    with pytest.raises(ValueError, match=r"router_jitter_noise of the model is 0\.2"):
+        require_no_dropout(model)
 
 
 def test_a_model_with_dropout_is_refused() -> None:

@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
-from verl.workers.config import RolloutConfig
+from verl.workers.config import RolloutConfig, SamplingConfig
 
+from verl_recast.rollout import agent_loop
 from verl_recast.rollout.agent_loop import GroupLoopWorker
+from verl_recast.rollout.columns import Columns
+from verl_recast.rollout.rollout_log import Part
 from verl_recast.settings import RolloutSettings
 
 
@@ -69,7 +72,10 @@ def make_worker(gpus: int, tensor_parallel: int, **options: Any) -> Any:
     worker: Any = GroupLoopWorker.__new__(GroupLoopWorker)  # its __init__ needs a running TransferQueue
     worker.llm_client, worker.seed = Balancer(), 7
     worker.options = RolloutSettings(tokenizer="t", **options)
-    worker.rollout_config = RolloutConfig(name="recast_sid", n=2, tensor_model_parallel_size=tensor_parallel)
+    validation = SamplingConfig(n=3)
+    worker.rollout_config = RolloutConfig(
+        name="recast_sid", n=2, tensor_model_parallel_size=tensor_parallel, val_kwargs=validation
+    )
     worker.config = OmegaConf.create({"trainer": {"n_gpus_per_node": gpus, "nnodes": 1, "device": "cpu"}})
     worker.catalogue = SimpleNamespace(num_levels=3)
     return worker
@@ -85,14 +91,64 @@ def make_worker(gpus: int, tensor_parallel: int, **options: Any) -> Any:
         # a prompt of 1 token and 2 answers that feed 2 tokens each: 5 of the budget
         (1, 1, 10, [2, 2, 1]),
         (2, 1, 9, [1] * 5),
+        # [2, 2, 1] for two servers: one of the twos is halved, so that each has two requests
+        (2, 1, 10, [2, 1, 1, 1]),
     ],
 )
-def test_a_request_is_what_a_server_reads_at_once_and_every_server_gets_one(
+def test_a_request_is_what_a_server_reads_at_once_and_every_server_gets_as_many(
     gpus: int, tensor_parallel: int, budget: int, sizes: list[int]
 ) -> None:
-    parts = make_worker(gpus, tensor_parallel, token_budget=budget)._parts([[9]] * 5)
+    parts = make_worker(gpus, tensor_parallel, token_budget=budget)._parts([[9]] * 5, 2)
     assert sorted(map(len, parts), reverse=True) == sizes
     assert sorted(place for part in parts for place in part) == [0, 1, 2, 3, 4]
+
+
+def test_validation_asks_for_its_own_number_of_answers_at_once() -> None:
+    """Three answers to a prompt of 1 token feed 6 tokens: of a budget of 10 one prompt takes 7."""
+    worker = make_worker(1, 1, token_budget=10)
+    assert worker._num_answers(validate=False) == 2 and worker._num_answers(validate=True) == 3
+    assert worker._parts([[9]] * 3, 3) == [[0], [1], [2]]
+
+
+def test_a_request_that_fails_takes_its_own_prompts_along_and_no_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second request fails while the first is still being answered: all have ended before verl hears."""
+    worker = make_worker(1, 1, token_budget=10)
+    worker.options = RolloutSettings(tokenizer="t", token_budget=10)
+    worker._encode = lambda conversations: [[9] for _ in conversations]
+    ended: list[int] = []
+
+    async def roll_out_part(rows: list[dict[str, Any]], *_: Any, **__: Any) -> Part:
+        if rows[0]["uid"] == "u2":
+            raise RuntimeError("no\nserver")
+        await asyncio.sleep(0.05)
+        ended.append(len(rows))
+        return Part((), Columns(0, {}), [], np.zeros(0))
+
+    told: dict[str, Any] = {}
+
+    async def put(**given: Any) -> None:
+        told.update(given, ended=list(ended))
+
+    worker._roll_out_part = roll_out_part
+    monkeypatch.setattr(agent_loop.tq, "async_kv_batch_put", put)
+    rows = [
+        {
+            "uid": f"u{i}",
+            "index": i,
+            "global_steps": 7,
+            "raw_prompt": [],
+            "reward_model": {"ground_truth": "<|sid_begin|><s_a_1><s_b_1><s_c_1>"},
+            "extra_info": {"history": []},
+        }
+        for i in range(5)
+    ]
+    asyncio.run(worker._run_batch(rows))
+    assert told["ended"] == [2, 1], "stored before the prompts are told to be finished"
+    assert told["keys"] == ["u0", "u1", "u2", "u3", "u4"]
+    assert [tag["status"] for tag in told["tags"]] == ["finished"] * 2 + ["failure"] * 2 + ["finished"]
+    assert told["tags"][2]["error"] == "RuntimeError: no server"
 
 
 def test_an_answered_server_is_given_back() -> None:

@@ -158,8 +158,11 @@ def test_one_forward_pass_makes_the_update_of_two(
     first = recast_job.metrics[0]
     assert found["signal/hit_rate"] == first["signal/hit_rate"], "the same rollouts"
     assert found["actor/ppo_kl"] == 0 and found["actor/pg_clipfrac"] == 0
-    if method == "grpo":
+    if method == "grpo":  # beside verl's own trainer with its two passes
         assert found["signal/kept_samples"] == PROMPTS * GROUP
+        stock = succeed(train(workspace, "two-passes", "rl.steps=1", "method.name=grpo"))
+        assert found["actor/grad_norm"] == pytest.approx(stock.metrics[0]["actor/grad_norm"], rel=1e-5)
+        assert found["actor/grad_norm"] > 0
         return
     assert found["actor/grad_norm"] == pytest.approx(first["actor/grad_norm"], rel=1e-5)
     saved = recast_job.out / "checkpoints" / "global_step_1" / "actor" / "huggingface"

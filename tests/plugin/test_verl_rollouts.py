@@ -94,6 +94,38 @@ def test_rollouts_of_each_step_come_from_the_newest_weights(
         assert found["training/rollout_probs_diff_max"] < 1e-5
 
 
+def answer_log_probs(rows: list[dict[str, Any]], tokenizer_folder: Path, weights: Path) -> torch.Tensor:
+    """Of the tokens of every answer, each row read alone by a plain forward pass."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder / "model")
+    model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32).eval()
+    found = []
+    for row in rows:
+        prompt, answer = (
+            tokenizer.encode(row[name], add_special_tokens=False) for name in ("input", "output")
+        )
+        ids = torch.tensor([prompt + answer])
+        with torch.no_grad():
+            log_probs_TV = model(ids).logits[0].log_softmax(-1)
+        found.append(log_probs_TV[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None])[:, 0])
+    return torch.stack(found)
+
+
+def test_the_reference_reads_a_shared_prompt_as_its_model_would(
+    distinct_job: Job, workspace: Path, tokenizer_folder: Path
+) -> None:
+    """The divergence that verl logs, from plain forward passes: `low_var_kl` is exp(k) - k - 1 of the
+    difference k of reference and actor, averaged over tokens."""
+    assert distinct_job.metrics[0]["actor/kl_loss"] == pytest.approx(0, abs=1e-9)  # both are the start
+    start = workspace / "warm_start" / "model"
+    updated = distinct_job.out / "checkpoints" / "global_step_1" / "actor" / "huggingface"
+    rows = distinct_job.dump(2)
+    reference, actor = (answer_log_probs(rows, tokenizer_folder, weights) for weights in (start, updated))
+    difference = reference - actor
+    expected = float((difference.exp() - difference - 1).clamp(max=10).mean())
+    assert expected > 1e-3
+    assert distinct_job.metrics[1]["actor/kl_loss"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_groups_hold_distinct_items_that_the_user_did_not_have(
     distinct_job: Job, tokenizer_folder: Path
 ) -> None:

@@ -68,17 +68,28 @@ class GroupLoopWorker(AgentLoopWorker):
         validate = bool(rows[0].pop("validate", False))
         partition = "val" if validate else "train"
         uids = [row["uid"] for row in rows]
-        tag = {"is_prompt": True, "status": "finished", "global_steps": int(rows[0]["global_steps"])}
+        step = int(rows[0]["global_steps"])
+        tags = [{"is_prompt": True, "status": "finished", "global_steps": step} for _ in rows]
         try:
-            await self._roll_out(rows, validate=validate, partition=partition)
+            failures = await self._roll_out(rows, validate=validate, partition=partition)
         except Exception as exc:
-            logger.exception("rollout of %d prompts failed", len(rows))
-            cause = getattr(exc, "cause", None) or exc  # Ray wraps what the server raised
+            failures = [(list(range(len(rows))), exc)]
+        for places, failure in failures:
+            logger.error("rollout of %d prompts failed", len(places), exc_info=failure)
+            cause = getattr(failure, "cause", None) or failure  # Ray wraps what the server raised
             # One line: of a server that died Ray says in several which it was.
-            tag |= {"status": "failure", "error": " ".join(f"{type(cause).__name__}: {cause}".split())}
-        await tq.async_kv_batch_put(keys=uids, partition_id=partition, tags=[tag] * len(uids))
+            error = " ".join(f"{type(cause).__name__}: {cause}".split())
+            for place in places:
+                tags[place] |= {"status": "failure", "error": error}
+        await tq.async_kv_batch_put(keys=uids, partition_id=partition, tags=tags)
 
-    async def _roll_out(self, rows: list[dict[str, Any]], *, validate: bool, partition: str) -> None:
+    async def _roll_out(
+        self, rows: list[dict[str, Any]], *, validate: bool, partition: str
+    ) -> list[tuple[list[int], BaseException]]:
+        """Roll out, score and store; places of the prompts whose request failed, and why.
+
+        All requests have ended by then: one that still stored would leave rows behind that verl has cleared.
+        """
         prompts = self._encode([list(row["raw_prompt"]) for row in rows])
         targets = [require_targets(row["reward_model"]["ground_truth"]) for row in rows]
         ranked = validate and self.rollout_config.val_kwargs.temperature == 0
@@ -89,22 +100,31 @@ class GroupLoopWorker(AgentLoopWorker):
 
         async def part(places: list[int]) -> Part:
             chosen = [rows[b] for b in places]
-            found = [prompts[b] for b in places], [targets[b] for b in places]
-            return await self._roll_out_part(chosen, *found, partition, validate=validate, ranked=ranked)
+            asked = [prompts[b] for b in places], [targets[b] for b in places]
+            return await self._roll_out_part(chosen, *asked, partition, validate=validate, ranked=ranked)
 
-        parts = await asyncio.gather(*map(part, self._parts(prompts)))
-        if self.options.log:
+        asked = self._parts(prompts, self._num_answers(validate=validate))
+        outcomes = await asyncio.gather(*map(part, asked), return_exceptions=True)
+        parts = [outcome for outcome in outcomes if isinstance(outcome, Part)]
+        if self.options.log and parts:
             append(self.options.log, int(rows[0]["global_steps"]), partition, parts)
+        ended = zip(asked, outcomes, strict=True)
+        return [(places, outcome) for places, outcome in ended if isinstance(outcome, BaseException)]
 
-    def _parts(self, prompts: list[list[int]]) -> list[list[int]]:
+    def _num_answers(self, *, validate: bool) -> int:
+        return self.rollout_config.val_kwargs.n if validate else self.rollout_config.n
+
+    def _parts(self, prompts: list[list[int]], num_answers: int) -> list[list[int]]:
         """Prompts of each request: what a server reads at once, so that the answers of one request are stored
-        while the next is computed; one for every server at least."""
+        while the next is computed; as many for every server, as far as the prompts go."""
         budget = budget_of(str(self.config.trainer.device), self.options.token_budget)
-        fed = self.rollout_config.n * (self.catalogue.num_levels - 1)
+        fed = num_answers * (self.catalogue.num_levels - 1)
         parts = [part.tolist() for part in micro_batches(prompts, fed, budget)]
-        wanted = min(self._num_replicas(), len(prompts))
-        if len(parts) < wanted:
-            parts = [part.tolist() for part in np.array_split(np.arange(len(prompts)), wanted)]
+        servers = min(self._num_replicas(), len(prompts))
+        while len(parts) % servers and len(largest := max(parts, key=len)) > 1:
+            parts.remove(largest)
+            middle = len(largest) // 2
+            parts += [largest[:middle], largest[middle:]]
         return parts
 
     async def _roll_out_part(
@@ -148,7 +168,7 @@ class GroupLoopWorker(AgentLoopWorker):
             return await server.generate_groups.remote(
                 prompts,
                 [int(row["index"]) for row in rows],
-                config.val_kwargs.n if validate else config.n,
+                self._num_answers(validate=validate),
                 step=int(rows[0]["global_steps"]),
                 seed=self.seed,
                 temperature=float(config.val_kwargs.temperature if validate else config.temperature),
