@@ -144,26 +144,27 @@ def test_repair_alone_trains_on_whole_groups_and_validates_exactly(
     assert not [name for found in job.metrics for name in found if "best@" in name], "verl's bootstrap"
 
 
-@pytest.mark.parametrize("method", ["recast", "grpo"])
-def test_one_forward_pass_makes_the_update_of_two(
-    recast_job: Job, workspace: Path, monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
-    measured = workspace / f"on-policy-{method}.jsonl"
-    monkeypatch.setenv("RECAST_MEASURE", str(measured))
-    options = ["rl.on_policy=true", "rl.sampled_log_probs=false", "rl.steps=1", f"method.name={method}"]
-    job = succeed(train(workspace, f"on-policy-{method}", *options))
-    phases = [json.loads(line)["phase"] for line in measured.read_text(encoding="utf-8").splitlines()]
-    assert phases == ["rollout", "ref_log_prob", "actor_update", "optimizer"]
+ONE_PASS = ("rl.on_policy=true", "rl.sampled_log_probs=false", "rl.steps=1")
+ITS_PHASES = ["rollout", "ref_log_prob", "actor_update", "optimizer"]
+
+
+def one_pass(workspace: Path, out: str, *options: str) -> tuple[Job, list[str]]:
+    """A job of one step without the pass for old log-probs, and the phases that its worker went through."""
+    measured = workspace / f"{out}.jsonl"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RECAST_MEASURE", str(measured))
+        job = succeed(train(workspace, out, *ONE_PASS, *options))
+    lines = measured.read_text(encoding="utf-8").splitlines()
+    return job, [json.loads(line)["phase"] for line in lines]
+
+
+def test_one_forward_pass_makes_the_update_of_two(recast_job: Job, workspace: Path) -> None:
+    job, phases = one_pass(workspace, "on-policy", "method.name=recast")
+    assert phases == ITS_PHASES
     (found,) = job.metrics
     first = recast_job.metrics[0]
     assert found["signal/hit_rate"] == first["signal/hit_rate"], "the same rollouts"
     assert found["actor/ppo_kl"] == 0 and found["actor/pg_clipfrac"] == 0
-    if method == "grpo":  # beside verl's own trainer with its two passes
-        assert found["signal/kept_samples"] == PROMPTS * GROUP
-        stock = succeed(train(workspace, "two-passes", "rl.steps=1", "method.name=grpo"))
-        assert found["actor/grad_norm"] == pytest.approx(stock.metrics[0]["actor/grad_norm"], rel=1e-5)
-        assert found["actor/grad_norm"] > 0
-        return
     assert found["actor/grad_norm"] == pytest.approx(first["actor/grad_norm"], rel=1e-5)
     saved = recast_job.out / "checkpoints" / "global_step_1" / "actor" / "huggingface"
     start = weights(workspace / "warm_start" / "model")
@@ -171,6 +172,18 @@ def test_one_forward_pass_makes_the_update_of_two(
     for name, weight in theirs.items():
         step, other = weight - start[name], ours[name] - start[name]
         assert float((step - other).norm()) <= 1e-3 * float(step.norm()), name
+
+
+def test_one_forward_pass_makes_the_update_of_stock_grpo(workspace: Path) -> None:
+    """Beside verl's own trainer with its two passes, in a step that has a hit."""
+    sizes = ("method.name=grpo", "rl.prompts_per_step=8", "rl.group_size=6")
+    job, phases = one_pass(workspace, "on-policy-grpo", *sizes)
+    assert phases == ITS_PHASES
+    (found,) = job.metrics
+    assert found["signal/hit_rate"] > 0 and found["signal/kept_samples"] == 8 * 6
+    stock = succeed(train(workspace, "two-passes", "rl.steps=1", *sizes)).metrics[0]
+    assert found["actor/grad_norm"] > 0
+    assert found["actor/grad_norm"] == pytest.approx(stock["actor/grad_norm"], rel=1e-4)
 
 
 def test_contrast_alone_under_the_full_batch_scale_skips_the_empty_groups(
