@@ -11,7 +11,6 @@ counts; what is still below is named, and the exit code is 1.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -159,12 +158,9 @@ def measure(names: Sequence[str], stored: Mapping[str, Any]) -> Figures:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = record.parser(__doc__, RESULT)
     parser.add_argument("--only", nargs="+", choices=list(SUITES), default=list(SUITES))
     parser.add_argument("--store", action="store_true")
-    parser.add_argument("--result", type=Path, default=RESULT)
     args = parser.parse_args()
 
     start = record.before()

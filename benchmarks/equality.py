@@ -9,7 +9,6 @@ bar is 2e-5.
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import tempfile
@@ -33,10 +32,7 @@ def errors(report: Path) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--result", type=Path, default=RESULT)
+    parser = record.parser(__doc__, RESULT)
     args = parser.parse_args()
 
     start = record.before()

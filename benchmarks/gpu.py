@@ -10,7 +10,6 @@ read alone.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import tempfile
 from pathlib import Path
@@ -50,15 +49,12 @@ def measure(shape: str, lengths: list[int], prompts: int, steps: int, device: st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = record.parser(__doc__, RESULT)
     parser.add_argument("--shape", choices=list(SHAPES), default="0.6b")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 3072])
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--result", type=Path, default=RESULT)
     args = parser.parse_args()
 
     start = record.before()

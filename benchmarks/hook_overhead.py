@@ -8,7 +8,6 @@ on the model. It reads one prompt of each group, writes the anchors, completes t
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -40,11 +39,8 @@ def timings(steps: int) -> list[dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = record.parser(__doc__, RESULT)
     parser.add_argument("--steps", type=int, default=11)
-    parser.add_argument("--result", type=Path, default=RESULT)
     args = parser.parse_args()
 
     start = record.before()

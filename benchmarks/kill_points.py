@@ -11,7 +11,6 @@ uses.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import sys
@@ -98,12 +97,9 @@ def kill_and_resume(folder: Path, name: str, moment: Moment | None, whole: Job) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = record.parser(__doc__, RESULT)
     parser.add_argument("--points", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--result", type=Path, default=RESULT)
     args = parser.parse_args()
 
     start, facts = record.before(), {"seed": args.seed, "steps": STEPS}

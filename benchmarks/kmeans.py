@@ -9,7 +9,6 @@ seconds; arms take turns. The codes must be the same.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +62,8 @@ def measure(repeats: int, num_items: int = NUM_ITEMS) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = record.parser(__doc__, RESULT)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--result", type=Path, default=RESULT)
     args = parser.parse_args()
 
     start = record.before()

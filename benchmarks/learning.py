@@ -20,7 +20,6 @@ A finished part is reused, so that an interrupted study goes on where it stopped
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from pathlib import Path
 from typing import Any
@@ -251,11 +250,8 @@ def study(out: Path, seeds: list[int], arms: list[str], options: dict[str, Any])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = record.parser(__doc__, RESULT)
     parser.add_argument("--out", type=Path, default=Path("runs/learning"))
-    parser.add_argument("--result", type=Path, default=RESULT)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(STUDY))
     for name, default in (("users", 3000), ("items", 100), ("steps", 30), ("prompts", 64), ("epochs", 4)):

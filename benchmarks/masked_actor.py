@@ -10,7 +10,6 @@ B prompts, G rollouts, R rows (pairs), P padded tokens, L levels, V vocabulary.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -172,11 +171,8 @@ def run_seed(out: Path, seed: int) -> dict[str, pl.DataFrame]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = record.parser(__doc__, RESULT)
     parser.add_argument("--out", type=Path, default=Path("runs/masked_actor"))
-    parser.add_argument("--result", type=Path, default=RESULT)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -12,7 +12,6 @@ A finished part is reused, so that an interrupted study goes on where it stopped
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -165,11 +164,8 @@ def compare(study: Study, seeds: list[int], rates: dict[str, float]) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = record.parser(__doc__, RESULT)
     parser.add_argument("--out", type=Path, default=Path("runs/ml100k-study"))
-    parser.add_argument("--result", type=Path, default=RESULT)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-6, 1e-5, 3e-5, 1e-4])

@@ -8,7 +8,6 @@ than what is measured. The bar is 0.05 s for the median.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import subprocess
@@ -43,11 +42,8 @@ def measure(repeats: int) -> list[tuple[float, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = record.parser(__doc__, RESULT)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--result", type=Path, default=RESULT)
     args = parser.parse_args()
 
     start = record.before()

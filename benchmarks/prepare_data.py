@@ -10,7 +10,6 @@ cores; arms take turns. Events, targets and histories must be the same.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import tempfile
 from pathlib import Path
@@ -111,11 +110,8 @@ def measure(repeats: int, num_events: int = NUM_EVENTS) -> dict[str, list[float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = record.parser(__doc__, RESULT)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--result", type=Path, default=RESULT)
     args = parser.parse_args()
 
     start = record.before()

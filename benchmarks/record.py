@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -14,6 +15,15 @@ from recast_cli.profiling.profile import machine
 from recast_cli.provenance import git_state, versions
 
 _PLACES = ("--out", "--result")  # folders of one machine: not recorded
+
+
+def parser(description: str | None, result: Path) -> argparse.ArgumentParser:
+    """Of a script's arguments: where its result goes, and what the script adds."""
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--result", type=Path, default=result)
+    return made
 
 
 def before() -> dict[str, Any]:

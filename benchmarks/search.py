@@ -15,7 +15,6 @@ Qwen3 of width 128 with 4 layers and random weights, a vocabulary of 1,000, 2,00
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -231,11 +230,8 @@ def sizes(repeats: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = record.parser(__doc__, RESULT)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--result", type=Path, default=RESULT)
     args = parser.parse_args()
 
     torch.set_num_threads(1)

@@ -20,7 +20,6 @@ os.environ |= {
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 
-import argparse
 import tempfile
 import time
 from collections.abc import Callable
@@ -116,11 +115,8 @@ class Recast:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = record.parser(__doc__, RESULT)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--result", type=Path, default=RESULT)
     args = parser.parse_args()
 
     start = record.before()

@@ -10,7 +10,6 @@ read alone.
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from collections.abc import Mapping
@@ -86,11 +85,8 @@ def spread(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = record.parser(__doc__, RESULT)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--result", type=Path, default=RESULT)
     args = parser.parse_args()
 
     start = record.before()

@@ -9,7 +9,6 @@ the same.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +95,8 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = record.parser(__doc__, RESULT)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--result", type=Path, default=RESULT)
     args = parser.parse_args()
 
     torch.set_num_threads(1)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-PHASES = ("hook", "old_log_prob", "ref_log_prob", "actor_update", "actor_total")
-MIB = 1 << 20
+from recast_cli.profiling.plot import MIB, TITLES
 
 
 def table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
@@ -14,21 +13,21 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
     stock, recast = result["arms"]["stock"], result["arms"]["recast"]
     both = (stock, recast)
     rows: list[list[Any]] = []
-    for phase in PHASES:
+    for phase in TITLES:
         if phase in recast["seconds"]:
             cells = [_seconds(cost["seconds"].get(phase)) for cost in both]
-            rows.append([f"{_words(phase)}, s", *cells, _times(ratio.get(phase))])
+            rows.append([f"{words(phase)}, s", *cells, _times(ratio.get(phase))])
     for phase in inside:
         cells = [_seconds(cost["worker_seconds"][phase]) for cost in both]
-        rows.append([f"{_words(phase)}, s in the worker", *cells, _times(inside[phase])])
+        rows.append([f"{words(phase)}, s in the worker", *cells, _times(inside[phase])])
     for phase in stock["mfu"]:
-        rows.append([f"{_words(phase)}, MFU", *(f"{cost['mfu'][phase]:.1%}" for cost in both), None])
+        rows.append([f"{words(phase)}, MFU", *(f"{cost['mfu'][phase]:.1%}" for cost in both), None])
     for name, unit, scale in (("tokens", "tokens", 1.0), ("flops", "GFLOP", 1e9)):
         cells = [f"{sum(cost[name].values()) / scale:,.0f}" for cost in both]
         rows.append([f"all phases, {unit}", *cells, _times(ratio[name])])
     for phase in stock["peak_bytes"]:
         peaks = [(cost["peak_bytes"][phase] + cost["resident_bytes"][phase]) / MIB for cost in both]
-        rows.append([f"{_words(phase)}, peak MiB", *(f"{peak:,.0f}" for peak in peaks), None])
+        rows.append([f"{words(phase)}, peak MiB", *(f"{peak:,.0f}" for peak in peaks), None])
     rows.append(["worst phase, peak MiB", None, None, _times(ratio["peak_memory"])])
     return ["", "stock GRPO", "ReCast", "stock/ReCast"], rows
 
@@ -47,7 +46,8 @@ def lines(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def _words(phase: str) -> str:
+def words(phase: str) -> str:
+    """A phase's name in a table."""
     return phase.replace("_", " ")
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from recast_cli.profiling.page import page as html_page
+from recast_cli.profiling.plot import MIB
+from recast_cli.profiling.report import words
 from recast_cli.profiling.sweep import ARMS, PHASES
 
 AXES = ("prompt_length", "group_size", "batch", "hidden_size", "layers")
@@ -18,7 +20,6 @@ LABELS = {
     "recast_shared": "ReCast, shared prompts",
 }
 SECONDS = {"cpu_s": "processor s", "s": "s"}
-MIB = 1 << 20
 SHOWN = ("cpu", "cores", "device", "threads", "compared", "timed_steps")  # of the setting, on the page
 
 
@@ -151,13 +152,13 @@ def table(rows: Sequence[dict[str, Any]], *, by_phase: bool = False) -> tuple[li
     headers = [
         *(axis.replace("_", " ") for axis in axes),
         "arm",
-        *(f"{_words(phase)}, {SECONDS[kind]}" for phase in phases),
+        *(f"{words(phase)}, {SECONDS[kind]}" for phase in phases),
         "stock/arm",
         "operations",
         "tokens",
         "peak MiB",
-        *(f"{_words(phase)}, MFU" for phase in inside),
-        *(f"{_words(phase)}, peak MiB" for phase in inside),
+        *(f"{words(phase)}, MFU" for phase in inside),
+        *(f"{words(phase)}, peak MiB" for phase in inside),
     ]
     cells = [
         [
@@ -174,10 +175,6 @@ def table(rows: Sequence[dict[str, Any]], *, by_phase: bool = False) -> tuple[li
         for row in rows
     ]
     return headers, cells
-
-
-def _words(phase: str) -> str:
-    return phase.replace("_", " ")
 
 
 def page(result: dict[str, Any], picture: Path) -> str:
