@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from recast_cli.core.runs import runs
+
 
 @dataclass(frozen=True)
 class SharedPrompts:
@@ -74,28 +76,32 @@ def share_prompts(tokens_N: np.ndarray, lengths_B: np.ndarray, responses_B: np.n
         row = int(prompt_lengths_B.argmin())
         raise ValueError(f"row {row} has {lengths_B[row]} tokens, {responses_B[row]} of them its response")
     starts_B = np.cumsum(lengths_B) - lengths_B
+    ends_B = starts_B + lengths_B
     groups = rows_by_prompt(tokens_N, lengths_B, responses_B)
-    prompts = [_run(starts_B[rows[0]], prompt_lengths_B[rows[0]]) for rows in groups]
-    order = [row for rows in groups for row in rows]
-    responses = [_run(starts_B[row] + prompt_lengths_B[row], responses_B[row]) for row in order]
-    source_T = np.concatenate([*prompts, *responses])
-    # Packed places: where each prompt begins, the last token of each row's prompt, where its response begins.
-    ends_U = np.cumsum([len(prompt) for prompt in prompts])
-    begins_U = ends_U - [len(prompt) for prompt in prompts]
-    last_B, begins_B = np.empty_like(lengths_B), np.empty_like(lengths_B)
-    begins_B[order] = ends_U[-1] + np.cumsum([0, *(len(response) for response in responses[:-1])])
-    for end, rows in zip(ends_U, groups, strict=True):
-        last_B[rows] = end - 1
-    read_K = [
-        place
-        for last, begin, count in zip(last_B, begins_B, responses_B, strict=True)
-        for place in (last, *_run(begin, count))
-    ]
-    target_K = [_run(end - n - 1, n + 1) for end, n in zip(starts_B + lengths_B, responses_B, strict=True)]
+    first_U = np.array([rows[0] for rows in groups])
+    order = np.concatenate(groups)
+    source_T = np.concatenate(
+        [
+            runs(starts_B[first_U], prompt_lengths_B[first_U]),
+            runs((ends_B - responses_B)[order], responses_B[order]),
+        ]
+    )
+    # Packed places: where each prompt ends and begins, where each row's response begins.
+    ends_U = np.cumsum(prompt_lengths_B[first_U])
+    begins_U = ends_U - prompt_lengths_B[first_U]
+    begins_B = np.empty_like(lengths_B)
+    begins_B[order] = ends_U[-1] + np.cumsum(responses_B[order]) - responses_B[order]
+    last_B = np.empty_like(lengths_B)
+    last_B[order] = np.repeat(ends_U - 1, [len(rows) for rows in groups])
+    # Of each row the last token of its prompt, then its response: the run from one place before the response,
+    # whose first place is another one in the packed sequence.
+    read_K = runs(begins_B - 1, responses_B + 1)
+    read_K[np.cumsum(responses_B + 1) - (responses_B + 1)] = last_B
+    target_K = runs(ends_B - responses_B - 1, responses_B + 1)
 
     prompts_UP, is_prompt_UP = _padded(begins_U, ends_U - begins_U)
     totals_U = np.array([responses_B[rows].sum() for rows in groups])
-    responses_US, is_response_US = _padded(begins_B[[rows[0] for rows in groups]], totals_U)
+    responses_US, is_response_US = _padded(begins_B[first_U], totals_U)
     owner_US = np.full(responses_US.shape, -1)
     for u, rows in enumerate(groups):
         owner_US[u, : totals_U[u]] = np.repeat(rows, responses_B[rows])
@@ -106,8 +112,8 @@ def share_prompts(tokens_N: np.ndarray, lengths_B: np.ndarray, responses_B: np.n
     back_T[responses_US[is_response_US]] = prompts_UP.size + np.flatnonzero(is_response_US)
     return SharedPrompts(
         source_T=torch.from_numpy(source_T),
-        read_K=torch.tensor(read_K),
-        target_K=torch.from_numpy(np.concatenate(target_K)),
+        read_K=torch.from_numpy(read_K),
+        target_K=torch.from_numpy(target_K),
         prompts_UP=torch.from_numpy(prompts_UP),
         responses_US=torch.from_numpy(responses_US),
         visible_U1SA=torch.from_numpy(np.concatenate([prompt_USP, itself_USS], axis=2))[:, None],
@@ -158,10 +164,6 @@ def _split(tensor: torch.Tensor, shared: SharedPrompts) -> tuple[torch.Tensor, t
     else:
         prompts, responses = packed_THD[shared.prompts_UP], packed_THD[shared.responses_US]
     return prompts.transpose(1, 2), responses.transpose(1, 2)
-
-
-def _run(start: int, count: int) -> np.ndarray:
-    return np.arange(start, start + count)
 
 
 def _padded(starts_U: np.ndarray, lengths_U: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 
+from recast_cli.core.runs import runs
+
 NUM_HELD_OUT_EVENTS = 2  # validation and test
 
 
@@ -136,7 +138,7 @@ def sft_windows(users: Layout, history: int) -> Windows:
     step, width = stride(history), history + 1
     num_windows_U = 1 + np.maximum(0, -(-(users.num_sft_U - width) // step))
     user_W = np.repeat(np.arange(len(num_windows_U)), num_windows_U)
-    window_W = _count_within(num_windows_U)
+    window_W = runs(0, num_windows_U)
     begin_W = window_W * step
     end_W = np.minimum(begin_W + width, users.num_sft_U[user_W])
     first_W = users.first_U[user_W]
@@ -160,7 +162,7 @@ def rl_targets(users: Layout, history: int, *, held_out: bool) -> Targets:
     to_U = users.num_train_U if held_out else users.num_sft_U
     num_U = to_U - from_U
     user_R = np.repeat(np.arange(len(num_U)), num_U)
-    position_R = from_U[user_R] + _count_within(num_U)
+    position_R = runs(from_U, num_U)
     user_R, position_R = user_R[position_R > 0], position_R[position_R > 0]
     first_R = users.first_U[user_R]
     return Targets(user_R, first_R + window_start(position_R, history), first_R + position_R)
@@ -171,9 +173,3 @@ def evaluation_targets(users: Layout, history: int, *, from_end: int) -> Targets
     position_U = users.num_train_U + NUM_HELD_OUT_EVENTS - from_end
     start_U = users.first_U + np.maximum(0, position_U - history)
     return Targets(np.arange(len(position_U)), start_U, users.first_U + position_U)
-
-
-def _count_within(sizes: np.ndarray) -> np.ndarray:
-    """0 .. n-1 for each n of `sizes`, concatenated."""
-    ends = np.cumsum(sizes)
-    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - sizes, sizes)

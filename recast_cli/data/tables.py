@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from recast_cli.core.runs import runs
+
 # Plain `string` and `list` (polars would give their 64-bit kinds, which some readers do not know).
 ITEMS = pa.schema([("item_id", pa.string()), ("title", pa.string()), ("text", pa.string())])
 INTERACTIONS = pa.schema(
@@ -65,5 +67,5 @@ def slices(values: pa.Array, start_R: np.ndarray, stop_R: np.ndarray) -> pa.List
     """`values[start:stop]` for each row as one list column; slices may overlap."""
     sizes_R = stop_R - start_R
     offsets = np.concatenate([[0], np.cumsum(sizes_R)])
-    flat = np.arange(offsets[-1]) + np.repeat(start_R - offsets[:-1], sizes_R)
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values.take(pa.array(flat)))
+    taken = values.take(pa.array(runs(start_R, sizes_R)))
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), taken)

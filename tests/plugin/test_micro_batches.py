@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from verl.utils import tensordict_utils as tu
 from verl.workers.engine.utils import postprocess_batch_func
 
-from verl_recast.platform.micro_batches import by_length, prepare
+from verl_recast.platform.micro_batches import by_length, prepare, rows_of
 
 
 def cost(lengths: list[list[int]], call_tokens: int) -> int:
@@ -95,6 +95,23 @@ def test_columns_of_every_kind_follow_their_rows() -> None:
     assert [list(batch["uid"]) for batch in batches] == [["b"], ["a", "c"]]
     assert [batch["temperature"] for batch in batches] == [0.5, 0.5]
     assert [row.tolist() for row in batches[1]["input_ids"].unbind()] == [[2, 3], [2, 3]]
+
+
+@pytest.mark.parametrize("ragged_idx", [1, 2])
+def test_rows_of_a_jagged_column_are_those_that_verl_takes(ragged_idx: int) -> None:
+    """verl takes them apart row by row and joins them; a multi-modal model has positions jagged in dim 2."""
+    sizes, parts = [2, 5, 1, 3], [np.array([3, 0, 3]), np.array([2])]
+    each = [torch.arange(3 * n).view((3, n) if ragged_idx == 2 else (3 * n,)) + 100 * n for n in sizes]
+    column = tu.nested_tensor_from_tensor_list(each, ragged_idx=ragged_idx)
+    for rows, found in zip(parts, rows_of(column, parts), strict=True):
+        assert found._ragged_idx == ragged_idx
+        assert [row.tolist() for row in found.unbind()] == [each[row].tolist() for row in rows]
+
+
+def test_rows_of_a_jagged_column_pad_to_their_own_longest() -> None:
+    column = torch.nested.as_nested_tensor([torch.full((n,), n) for n in (4, 2, 1)], layout=torch.jagged)
+    (found,) = rows_of(column, [np.array([2, 1])])
+    assert found.to_padded_tensor(0).tolist() == [[1, 0], [2, 2]]
 
 
 def _rank(rank: int, folder: str, lengths: list[list[int]]) -> None:
