@@ -13,6 +13,8 @@ import ray
 import transfer_queue as tq
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
+from verl_recast.garbage import keep_what_is_there
+
 POLL_SECONDS = 0.02
 WATCH_SECONDS = 2.0
 
@@ -24,6 +26,10 @@ class QuickReplayBuffer(ReplayBuffer):
         super().__init__(*args, **{**kwargs, "poll_interval": POLL_SECONDS})
         self._seen: set[str] = set()
         self._looked = 0.0
+
+    def sample(self, *args: Any, **kwargs: Any) -> Any:
+        keep_what_is_there()
+        return super().sample(*args, **kwargs)
 
     def _sync_metadata_from_transfer_queue(self) -> None:
         """Read the state of every group, as verl does.

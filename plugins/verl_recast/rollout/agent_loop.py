@@ -23,6 +23,7 @@ from recast_cli.core.spelling import SID_BEGIN
 from recast_cli.core.walk import budget_of, micro_batches
 from recast_cli.vocabulary import encode_prompts
 from verl_recast.catalogue import require_catalogue
+from verl_recast.garbage import keep_what_is_there
 from verl_recast.groups import require_own_index
 from verl_recast.reward import require_targets
 from verl_recast.rollout.columns import Columns, answer_columns, rollout_tag, store
@@ -60,6 +61,7 @@ class GroupLoopWorker(AgentLoopWorker):
 
     async def generate_sequences(self, batch: TensorDict) -> None:  # type: ignore[override]
         """Start the rollouts of a batch and return; results arrive in the TransferQueue."""
+        keep_what_is_there()
         task = asyncio.create_task(self._run_batch(_rows(batch)))
         self.background_tasks.add(task)
         task.add_done_callback(self.background_tasks.discard)

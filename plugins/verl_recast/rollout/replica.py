@@ -13,6 +13,7 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica
 
+from verl_recast.garbage import keep_what_is_there
 from verl_recast.rollout.server import SIDServer
 
 _BUCKET_BYTES = 256 << 20
@@ -89,6 +90,7 @@ class SIDRolloutAdapter(BaseRollout):
             )
         if kwargs.get("peft_config") is not None:
             raise ValueError("rollout engine recast_sid needs merged LoRA weights: set model.lora.merge=True")
+        keep_what_is_there()
         if self._server is None:
             self._server = ray.get_actor(_server_name(self._rank))
         bucket: dict[str, torch.Tensor] = {}

@@ -15,6 +15,7 @@ from verl.workers.rollout.replica import TokenOutput
 from recast_cli.core.seeding import hash64
 from verl_recast import measure
 from verl_recast.catalogue import require_catalogue
+from verl_recast.garbage import keep_what_is_there
 from verl_recast.rollout.group_sampling import draw_groups, require_sampling
 from verl_recast.settings import RolloutSettings, num_threads
 
@@ -174,6 +175,7 @@ class SIDServer:
             ValueError: a tensor of another shape.
             RuntimeError: the last bucket is in and a parameter never came: answers would mix two policies.
         """
+        keep_what_is_there()
         state = self.model.state_dict()
         for name, tensor in weights.items():
             if name not in state:

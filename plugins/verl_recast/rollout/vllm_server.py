@@ -27,6 +27,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from verl_recast import VLLM_ROLLOUT_NAME
 from verl_recast.catalogue import require_catalogue
+from verl_recast.garbage import keep_what_is_there
 from verl_recast.rollout.vllm_beams import Request, expand_beams
 from verl_recast.rollout.vllm_groups import GIVEN, add_trie, require_fitting, sample_groups
 
@@ -157,6 +158,7 @@ class TrieVLLMAdapter(ServerAdapter):
         if wire_format != "named_tensors":
             await super().update_weights(weights, global_steps, wire_format, **kwargs)
             return
+        keep_what_is_there()
         options = {**kwargs, "use_shm": self.use_shm}
         received = await self._execute_method("update_weights_from_ipc", non_block=True, kwargs=options)
         megabytes = self.config.checkpoint_engine.update_weights_bucket_megabytes
