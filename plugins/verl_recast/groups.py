@@ -87,8 +87,7 @@ def gather_groups(
     """
     if len(batch) == 0:
         raise RuntimeError("no rollout arrived: the rollout server or agent loop failed, see its log above")
-    tagged = all(ROLLOUT in tag for tag in batch.tags) and not log_probs
-    found = _from_tags(batch) if tagged else _read(batch, log_probs=log_probs)
+    found = _from_tags(batch) if all(ROLLOUT in tag for tag in batch.tags) else _read(batch)
     grouped = _group_rows(batch.keys, found.index_N)
     first = [rows[0] for rows in grouped]
     prompts, targets = _read_prompts(batch, first)
@@ -107,7 +106,7 @@ def gather_groups(
     def spread(values_N: np.ndarray, absent: float = 0) -> np.ndarray:
         return np.where(present_BG, values_N[rows_BG], absent)
 
-    sampled = None if found.log_probs is None else answers.sum_over_codes(found.log_probs)
+    sampled = answers.sum_over_codes(_read_log_probs(batch)) if log_probs else None
     return Groups(
         rows_BG=rows_BG,
         index_B=found.index_N[first],
@@ -136,7 +135,6 @@ class _Rollouts(NamedTuple):
     tokens_N: np.ndarray
     responses: list[list[int]]
     sampled: list[dict[str, Any]]
-    log_probs: list[list[float]] | None
 
 
 def _from_tags(batch: KVBatchMeta) -> _Rollouts:
@@ -148,13 +146,11 @@ def _from_tags(batch: KVBatchMeta) -> _Rollouts:
         tokens_N=np.array([tag["response_len"] for tag in batch.tags]),
         responses=[each["response"] for each in facts],
         sampled=facts,
-        log_probs=None,
     )
 
 
-def _read(batch: KVBatchMeta, *, log_probs: bool) -> _Rollouts:
+def _read(batch: KVBatchMeta) -> _Rollouts:
     names = ["rm_scores", "responses", "response_mask", "extra_fields", "index"]
-    names += ["rollout_log_probs"] * log_probs
     data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
     extra_fields = plain(data["extra_fields"])
     infos = [fields.get("reward_extra_info", {}) for fields in extra_fields]
@@ -166,8 +162,14 @@ def _read(batch: KVBatchMeta, *, log_probs: bool) -> _Rollouts:
         tokens_N=np.array([int(mask.sum()) for mask in data["response_mask"].unbind()]),
         responses=[response.tolist() for response in data["responses"].unbind()],
         sampled=extra_fields,
-        log_probs=[row.tolist() for row in data["rollout_log_probs"].unbind()] if log_probs else None,
     )
+
+
+def _read_log_probs(batch: KVBatchMeta) -> list[list[float]]:
+    data = tq.kv_batch_get(
+        keys=batch.keys, partition_id=batch.partition_id, select_fields=["rollout_log_probs"]
+    )
+    return [row.tolist() for row in data["rollout_log_probs"].unbind()]
 
 
 def _read_prompts(batch: KVBatchMeta, rows: list[int]) -> tuple[list[list[int]], list[list[tuple[int, ...]]]]:

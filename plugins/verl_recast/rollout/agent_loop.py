@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 # What later phases read of a dataset row; the messages of the prompt are not among it.
 DATASET_FIELDS = ("uid", "index", "data_source", "reward_model", "extra_info")
+# And of these what nobody reads of a training row. Every phase fetches every column, 50 us a cell.
+UNREAD_IN_TRAINING = ("index", "data_source", "extra_info", "session_id")
 
 
 class GroupLoopWorker(AgentLoopWorker):
@@ -147,7 +149,8 @@ class GroupLoopWorker(AgentLoopWorker):
             infos = with_ranks(infos, targets, codes_BGL, valid_BG)
         keys, columns, tags, b_N = self._records(rows, prompts, out, infos)
         whole = validate or not self.pairs_only
-        await store(partition, keys, columns, tags, prompts, b_N, whole=whole)
+        stored = columns if validate else columns.without(UNREAD_IN_TRAINING)
+        await store(partition, keys, stored, tags, prompts, b_N, whole=whole)
         return Part((hits_BG, scores_BG, codes_BGL, valid_BG), columns, prompts, b_N)
 
     def _num_replicas(self) -> int:

@@ -8,7 +8,7 @@ Shapes: B prompts, G rollouts, N of them that were answered, R rows, L levels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,10 @@ class Columns(dict[str, Any]):
             for name, column in self.items()
         }
         return Columns(len(places), taken)
+
+    def without(self, names: Collection[str]) -> Columns:
+        """All rows, without some of the columns."""
+        return Columns(self.batch_size[0], {name: self[name] for name in self if name not in names})
 
 
 def answer_columns(tokens_NL: torch.Tensor, rewards_N: np.ndarray) -> dict[str, torch.Tensor]:
