@@ -32,3 +32,10 @@ def test_some_rows_of_columns() -> None:
     taken = columns.take([2, 0])
     assert taken["uid"] == ["c", "a"] and taken["responses"].tolist() == [[5, 6], [1, 2]]
     assert taken.batch_size == (2,) and columns.batch_size == (3,)
+
+
+def test_columns_without_some() -> None:
+    left = Columns(3, {"uid": ["a", "b", "c"], "responses": ANSWERS, "index": [0, 0, 1]}).without(
+        ["index", "x"]
+    )
+    assert list(left) == ["uid", "responses"] and left.batch_size == (3,)
