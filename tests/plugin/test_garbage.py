@@ -25,7 +25,8 @@ def test_what_is_dead_goes_and_what_lives_is_looked_through_no_more() -> None:
         keep_what_is_there()
         unchanged = gc.get_freeze_count() == frozen
         gc.collect()
-        json.dump([living, frozen, watched, dead() is None, unchanged, later() is None], open(sys.argv[1], "w"))
+        found = living, frozen, watched, dead() is None, unchanged, later() is None
+        json.dump(found, open(sys.argv[1], "w"))
     """)
     assert process.returncode == 0, process.stderr
     living, frozen, watched, dead_gone, unchanged, later_gone = found
