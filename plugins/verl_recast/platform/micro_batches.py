@@ -106,10 +106,11 @@ def _select(data: TensorDict, parts: list[np.ndarray]) -> list[TensorDict]:
 def rows_of(column: Any, parts: list[np.ndarray]) -> list[Any]:
     """Rows of a contiguous jagged tensor, part by part, as jagged tensors.
 
-    verl takes it apart into a tensor a row and joins some of them again: 40 us a row and column, which is a
-    third of a forward pass where prompts are shared.
+    To take it apart into a tensor a row and join some of them again costs more than a forward pass where
+    prompts are shared (docs/log.md).
     """
     values, offsets_B, dim = column.values(), column.offsets().cpu().numpy(), column._ragged_idx - 1
+    assert column.lengths() is None and offsets_B[-1] == values.shape[dim], "the tensor has holes"
     sizes_B, pieces = np.diff(offsets_B), []
     for rows in parts:
         sizes = sizes_B[rows]

@@ -38,9 +38,9 @@ from verl_recast.settings import ESTIMATOR, RecastSettings, RolloutSettings
 
 logger = logging.getLogger(__name__)
 
-# What later phases read of a dataset row; the messages of the prompt are not among it.
+# What is kept of a dataset row; the messages of the prompt are not among it.
 DATASET_FIELDS = ("uid", "index", "data_source", "reward_model", "extra_info")
-# And of these what nobody reads of a training row. Every phase fetches every column, 50 us a cell.
+# Columns that only validation and the rollout log read. A worker fetches all that is stored, in every phase.
 UNREAD_IN_TRAINING = ("index", "data_source", "extra_info", "session_id")
 
 

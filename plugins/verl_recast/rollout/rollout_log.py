@@ -19,7 +19,7 @@ class Part(NamedTuple):
 
     Attributes:
         groups: Hits, scores, codes and validity, the groups of a prompt each.
-        columns: What was stored of each rollout.
+        columns: Of each rollout; for training not all of them are stored.
         prompts: Tokens of each prompt.
         b_N: Prompt of each rollout.
     """
