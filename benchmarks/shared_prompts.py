@@ -4,8 +4,8 @@
 
 Qwen3 of width 128 with 4 layers, a vocabulary of about 1,000 and answers of 3 tokens, G = 32, prompts of 64,
 256 and 1,024 tokens in batches of 16, 8 and 4, one thread. Seconds are processor seconds of verl's worker,
-the same rollouts in every arm; `recast profile --sweep` measures them. Ratios are over stock GRPO with rows
-read alone.
+the same rollouts in every arm, two processes an arm in turns; `recast profile --sweep` measures them. Ratios
+are over stock GRPO with rows read alone.
 """
 
 from __future__ import annotations
@@ -43,9 +43,12 @@ def prepare(folder: Path, device: str = "cpu") -> None:
     (folder / "recipe.yaml").write_text(RECIPE.format(device=device), encoding="utf-8")
 
 
-def sweep(folder: Path, length: int, batch: int, steps: int, *options: str) -> list[dict[str, Any]]:
+def sweep(
+    folder: Path, length: int, batch: int, steps: int, *options: str, repeats: int = 1
+) -> list[dict[str, Any]]:
     """The rows of one prompt length."""
-    sizes = ["--prompts", str(batch), "--group-size", str(GROUP), "--steps", str(steps)]
+    sizes = ["--prompts", str(batch), "--group-size", str(GROUP)]
+    sizes += ["--steps", str(steps), "--repeats", str(repeats)]
     where = ["--out", f"out-{length}", "--json"]
     printed = recast(
         folder, "profile", "recipe.yaml", "--sweep", f"prompt_length={length}", *sizes, *options, *where
@@ -53,12 +56,16 @@ def sweep(folder: Path, length: int, batch: int, steps: int, *options: str) -> l
     return list(json.loads(printed))
 
 
-def measure(steps: int, batches: Mapping[int, int] = LENGTHS) -> list[dict[str, Any]]:
+def measure(steps: int, batches: Mapping[int, int] = LENGTHS, *, repeats: int = 1) -> list[dict[str, Any]]:
     """The rows of a sweep at each prompt length, whose batch is given with it."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         prepare(folder)
-        return [row for length, batch in batches.items() for row in sweep(folder, length, batch, steps)]
+        return [
+            row
+            for length, batch in batches.items()
+            for row in sweep(folder, length, batch, steps, repeats=repeats)
+        ]
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -86,11 +93,12 @@ def spread(rows: list[dict[str, Any]], row: dict[str, Any]) -> list[float]:
 
 def main() -> None:
     parser = record.parser(__doc__, RESULT)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     args = parser.parse_args()
 
     start = record.before()
-    rows = measure(args.steps)
+    rows = measure(args.steps, repeats=args.repeats)
     show(rows)
     record.write(args.result, start, {"rows": rows})
 

@@ -28,6 +28,7 @@ def run_sweep(
     out: Path,
     steps: int,
     *,
+    repeats: int,
     traced: int,
     json_output: bool,
 ) -> None:
@@ -36,7 +37,8 @@ def run_sweep(
     Args:
         model: For the points that name no size.
         texts: `NAME=VALUE,VALUE`, see `parse_points`.
-        steps, traced: Timed steps of an arm, and 1 for one more that is traced.
+        steps, repeats, traced: Timed steps of a process, processes of an arm, and 1 for one more step that is
+            traced.
 
     Raises:
         RecipeError: a sweep that cannot be read, or is longer than what the model reads.
@@ -62,7 +64,7 @@ def run_sweep(
         (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / "trace", ignore_errors=True)
     rows = report.with_ratios(
-        _measure(settings, inputs, model, points, (out / "jobs").resolve(), steps, traced), compared
+        _measure(settings, inputs, model, points, (out / "jobs").resolve(), steps, repeats, traced), compared
     )
     result = {
         "rows": rows,
@@ -70,7 +72,7 @@ def run_sweep(
             "device": device,
             "threads": threads,
             "compared": "processor time" if device == "cpu" else "time",
-            "timed_steps": steps,
+            "timed_steps": steps * repeats,
             "seed": settings.seed,
             "max_tokens_per_micro_batch": settings.rl.max_tokens_per_micro_batch,
             **machine(),
@@ -85,9 +87,9 @@ def run_sweep(
     else:
         print_table("Cost of a step, one worker alone", *report.table(rows))
     if traced:
-        for folder in sorted((out / "jobs").glob("point-*/*/trace")):
-            arm = folder.parent
-            trace.merge(folder, out / "trace" / f"{arm.parent.name}-{arm.name}.json.gz")
+        for folder in sorted((out / "jobs").glob(f"point-*/*-{repeats}/trace")):
+            point, arm = folder.parts[-3], folder.parts[-2].removesuffix(f"-{repeats}")
+            trace.merge(folder, out / "trace" / f"{point}-{arm}.json.gz")
     note(f"wrote {out / 'sweep.json'}, {out / 'sweep.png'} and {out / 'sweep.html'}")
 
 
@@ -150,6 +152,7 @@ def _measure(
     points: Sequence[Point],
     folder: Path,
     steps: int,
+    repeats: int,
     traced: int,
 ) -> list[dict[str, Any]]:
     """A row for each arm of each point."""
@@ -163,7 +166,7 @@ def _measure(
 
     known = Vocabulary.load(inputs.tokenizer / "vocabulary.json")
     peak_flops = matmul_peak(placement.resolve_device(settings), placement.num_threads(settings))
-    total = len(points) * len(sweep.ARMS) * num_steps(steps, traced)
+    total = len(points) * len(sweep.ARMS) * repeats * num_steps(steps, traced)
     rows = []
     with progress("sweep", total) as advance:
         for number, point in enumerate(points):
@@ -178,6 +181,7 @@ def _measure(
                 _launcher(settings, chosen, codes.num_levels, steps, traced, lambda _: advance(1)),
                 place,
                 steps=steps,
+                repeats=repeats,
                 seed=settings.seed,
                 peak_flops=peak_flops * settings.num_gpus,
                 traced=traced,

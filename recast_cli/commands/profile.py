@@ -31,7 +31,8 @@ def profile(
         int | None, typer.Option(min=1, max=10_000, help="Timed steps of each job. Default: 5.")
     ] = None,
     repeats: Annotated[
-        int | None, typer.Option(min=1, max=1000, help="Fresh processes of each arm. Default: 2.")
+        int | None,
+        typer.Option(min=1, max=1000, help="Fresh processes of each arm. Default: 2, in a sweep 1."),
     ] = None,
     prompts: Annotated[int | None, typer.Option(min=1, help="B. Default: the recipe's.")] = None,
     group_size: Annotated[int | None, typer.Option(min=2, help="G. Default: the recipe's.")] = None,
@@ -68,7 +69,7 @@ def profile(
         recast profile recipes/ml-100k/recast.yaml rl.max_tokens_per_micro_batch=2048 --json
 
         \b
-        recast profile recipes/ml-100k/recast.yaml --sweep prompt_length=64,256,1024 --prompts 4
+        recast profile recipes/ml-100k/recast.yaml --sweep prompt_length=64,256,1024 --prompts 4 --repeats 2
 
         \b
         recast profile --from-run runs/grpo --from-run runs/recast
@@ -123,11 +124,10 @@ def profile(
     for method in stage.ARMS.values():
         require_config(RL_MODULE, _arguments(settings, inputs, start, method, out, {}))
     device, threads = placement.resolve_device(settings), placement.num_threads(settings)
-    if sweep and repeats:
-        raise RecipeError("--repeats is no option of --sweep, whose arms are one process each", "use --steps")
-    repeats = repeats or 2
+    repeats = repeats or (1 if sweep else 2)
     if sweep:
-        run_sweep(settings, inputs, start, sweep, out, steps, traced=traced, json_output=json_output)
+        told = {"repeats": repeats, "traced": traced}
+        run_sweep(settings, inputs, start, sweep, out, steps, **told, json_output=json_output)
         return
     rows = draw_rows(inputs.tokenizer / "verl" / "rl.parquet", settings.rl.prompts_per_step, settings.seed)
     peak_flops = matmul_peak(device, threads) * settings.num_gpus

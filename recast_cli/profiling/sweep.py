@@ -153,6 +153,7 @@ def run_point(
     folder: Path,
     *,
     steps: int,
+    repeats: int,
     seed: int,
     peak_flops: float,
     traced: int = 0,
@@ -160,31 +161,34 @@ def run_point(
     """One row of the result for each arm.
 
     Args:
-        folder: There already; keeps rollouts, logs and measurements.
-        steps: Timed steps of an arm.
+        folder: There already; keeps rollouts, logs and measurements, in ARM-REPEAT.
+        steps: Timed steps of each process of an arm.
+        repeats: Processes of an arm, arms in turns as in `profile.replay`; their steps are pooled.
         peak_flops: Operations per second that make a utilisation of 1.
         traced: As in `profile.replay`.
     """
     write_rollouts(point, codes, seed, folder / "rollouts.npz")
-    rows = []
-    for name, arm in ARMS.items():
-        spec = {
-            "rollouts": str(folder / "rollouts.npz"),
-            "kept": arm.kept,
-            "steps": num_steps(steps, traced),
-            # One whole group in a call: what a group takes, however many a micro-batch has room for.
-            "memory_tokens": point.group_tokens(arm, codes.num_levels),
-        }
-        records, measured = launch(point, arm, folder / name, spec)
-        work = point.work(arm, codes.num_levels)
-        rows.append(
-            {
-                "arm": name,
-                **vars(point),
-                **_cost(timed_of(records, steps), measured, work, shape, peak_flops),
+    timed: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS}
+    measured: dict[str, Path] = {}  # of the last process
+    for repeat in range(repeats):
+        for name in list(ARMS)[:: 1 if repeat % 2 == 0 else -1]:
+            spec = {
+                "rollouts": str(folder / "rollouts.npz"),
+                "kept": ARMS[name].kept,
+                "steps": num_steps(steps, traced),
+                # One whole group in a call: what a group takes, however many a micro-batch has room for.
+                "memory_tokens": point.group_tokens(ARMS[name], codes.num_levels),
             }
-        )
-    return rows
+            records, measured[name] = launch(point, ARMS[name], folder / f"{name}-{repeat + 1}", spec)
+            timed[name] += timed_of(records, steps)
+    return [
+        {
+            "arm": name,
+            **vars(point),
+            **_cost(timed[name], measured[name], point.work(arm, codes.num_levels), shape, peak_flops),
+        }
+        for name, arm in ARMS.items()
+    ]
 
 
 def _cost(

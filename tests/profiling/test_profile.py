@@ -45,7 +45,6 @@ def test_weights_that_cannot_be_read_leave_no_folder(workspace: Path, tmp_path: 
         (["--sweep", "batch=x"], "--sweep batch=x has a value that is no whole number"),
         (["--sweep", "batch=2", "rl.masked_actor=true"], "rl.masked_actor is true, needed false"),
         (["--sweep", "group_size=99999999999"], "needed at most 1,000,000,000"),
-        (["--sweep", "batch=2", "--repeats", "3"], "--repeats is no option of --sweep"),
         (["--sweep", "layers=1", "--sweep", "prompt_length=4094"], "asks for 4097 tokens with the answer"),
     ],
 )

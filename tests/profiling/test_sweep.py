@@ -70,7 +70,7 @@ def test_rollouts_are_codes_and_one_group_in_seven_has_a_hit(tmp_path: Path) -> 
 @pytest.mark.verl
 def test_four_arms_of_a_real_worker(workspace: Path) -> None:
     """What they read is counted by the worker itself; the sweep's own count must be the same."""
-    sizes = ["--prompts", "3", "--group-size", "4", "--steps", "1"]
+    sizes = ["--prompts", "3", "--group-size", "4", "--steps", "1", "--repeats", "2"]
     sweep = ["--sweep", "prompt_length=240", "--sweep", "layers=1"]
     done = recast(workspace, "profile", "recipe.yaml", *sizes, *sweep, "--out", "sweep", "--trace", "--json")
     assert done.returncode == 0, done.stderr
@@ -79,17 +79,19 @@ def test_four_arms_of_a_real_worker(workspace: Path) -> None:
     for name, row in rows.items():
         assert (row["prompt_length"], row["group_size"], row["batch"]) == (240, 4, 3)
         assert (row["hidden_size"], row["layers"]) == (64, 1)  # as wide as the model that is there
-        lines = (workspace / "sweep" / "jobs" / "point-1" / name / "measured.jsonl").read_text().splitlines()
-        calls = [json.loads(line) for line in lines]
+        jobs = workspace / "sweep" / "jobs" / "point-1"
+        repeats = [(jobs / f"{name}-{repeat}" / "measured.jsonl").read_text() for repeat in (1, 2)]
+        calls = [json.loads(line) for text in repeats for line in text.splitlines()]
         work = Point(240, 4, 3).work(ARMS[name], 3)
         for phase in ("old_log_prob", "ref_log_prob", "actor_update"):
             found = [call for call in calls if call["phase"] == phase]
-            assert len(found) == 4  # warm-up, timed, traced, memory
+            assert len(found) == 2 * 4  # warm-up, timed, traced, memory
             assert {(call["tokens"], call["read_tokens"]) for call in found} == {
                 (work.tokens, work.read_tokens)
             }
-            assert row[f"{phase}_s"] > 0
-        assert row["timed_steps"] == 1
+            low, high = row[f"{phase}_s_range"]
+            assert 0 < low < row[f"{phase}_s"] < high, "the two timed steps are pooled"
+        assert row["timed_steps"] == 2
         assert len(traced(workspace / "sweep" / "trace" / f"point-1-{name}.json.gz")) == 4
         assert row["tokens"] == work.tokens
         assert row["peak_memory_bytes"] > 0
