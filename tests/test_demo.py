@@ -144,7 +144,8 @@ def test_memory_of_child_processes_counts():
     with_child = peak[0]
     with peak_memory(0.2) as peak:
         time.sleep(0.5)
-    assert 300 << 20 <= with_child - peak[0] < 350 << 20
+    # This process itself has 1 GB after a thousand tests, some tens of MB of which come and go meanwhile.
+    assert 200 << 20 < with_child - peak[0] < 400 << 20
 
 
 def test_one_table_holds_metrics_signal_and_cost(layout):
