@@ -14,6 +14,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from recast_cli.artifacts import load_manifest
+from recast_cli.core.runs import runs
 from recast_cli.errors import ArtifactError
 
 SPLITS = ("validation", "test")
@@ -87,7 +88,7 @@ def load_log(data_dir: Path) -> Log:
     users = events.group_by("user_id", maintain_order=True).len()
     start = np.zeros(len(users) + 1, dtype=np.int64)
     np.cumsum(users["len"].to_numpy(), out=start[1:])
-    place = np.arange(len(events)) - np.repeat(start[:-1], np.diff(start))
+    place = runs(0, np.diff(start))
     if not np.array_equal(place, events["position"].to_numpy()):
         raise ArtifactError(
             f"{data_dir}: positions do not count 0, 1, 2, ... in every user", "rerun prepare-data"
@@ -123,9 +124,8 @@ def load_split(data_dir: Path, name: str, *, max_users: int | None = None, seed:
         )
     item_row = {item: row for row, item in enumerate(log.item_ids)}
     cut = _cuts(data_dir, name, log)
-    train = np.arange(len(log.item_E)) - np.repeat(log.start[:-1], np.diff(log.start)) < np.repeat(
-        cut, np.diff(log.start)
-    )
+    events_U = np.diff(log.start)
+    train = runs(0, events_U) < np.repeat(cut, events_U)
     if max_users is not None and max_users < len(table):
         kept = np.sort(np.random.default_rng(seed).choice(len(table), size=max_users, replace=False))
         table = table[kept]

@@ -4,7 +4,7 @@ phase."""
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,6 +41,13 @@ def measured_steps(folder: Path, timed: int, traced: int) -> dict[str, str]:
     if traced:
         found |= {trace.FOLDER: str(folder / "trace"), trace.CALL: str(WARM_UP + timed + 1)}
     return found
+
+
+def in_turns(arms: Iterable[str], repeats: int) -> Iterator[tuple[int, str]]:
+    """Repeat and arm of each process, back and forth: a drift of the machine meets every arm."""
+    order = list(arms)
+    for repeat in range(repeats):
+        yield from ((repeat, arm) for arm in order[:: 1 if repeat % 2 == 0 else -1])
 
 
 _Record = TypeVar("_Record")

@@ -18,6 +18,7 @@ from recast_cli.outputs import atomic_text
 from recast_cli.profiling.collect import (
     Run,
     arm_cost,
+    in_turns,
     measured_steps,
     ratio_ranges,
     ratios,
@@ -51,7 +52,7 @@ Launch = Callable[[Job], list[dict[str, Any]]]  # runs it to its end and returns
 def replay(
     recording: Recording, launch: Launch, folder: Path, *, steps: int, repeats: int, traced: int = 0
 ) -> list[Run]:
-    """Run every arm `repeats` times, arms in turns so that a drift of the machine meets both.
+    """Run every arm `repeats` times, arms in turns.
 
     Args:
         traced: 1 adds a step that torch's profiler watches, written to `folder`/ARM-REPEAT/trace.
@@ -60,13 +61,11 @@ def replay(
         EnvironmentFault: two jobs did not see the same rollouts.
     """
     runs = []
-    for repeat in range(repeats):
-        arms = list(ARMS) if repeat % 2 == 0 else list(ARMS)[::-1]
-        for arm in arms:
-            job = _job(recording, arm, repeat, folder / f"{arm}-{repeat + 1}", steps, traced)
-            metrics = launch(job)
-            measured, replayed = job.environment["RECAST_MEASURE"], job.custom["log"]
-            runs.append(read_run(arm, metrics, Path(measured), Path(replayed), steps, traced))
+    for repeat, arm in in_turns(ARMS, repeats):
+        job = _job(recording, arm, repeat, folder / f"{arm}-{repeat + 1}", steps, traced)
+        metrics = launch(job)
+        measured, replayed = job.environment["RECAST_MEASURE"], job.custom["log"]
+        runs.append(read_run(arm, metrics, Path(measured), Path(replayed), steps, traced))
     digests = frozenset().union(*(run.rollouts for run in runs))
     if len(digests) != 1:
         raise EnvironmentFault(

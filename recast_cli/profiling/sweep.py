@@ -19,7 +19,7 @@ import numpy as np
 from recast_cli.artifacts import read_json_lines
 from recast_cli.core.cost import ModelShape, Work
 from recast_cli.errors import RecipeError
-from recast_cli.profiling.collect import TIMERS, num_steps, phase_flops, timed_of, worker_calls
+from recast_cli.profiling.collect import TIMERS, in_turns, num_steps, phase_flops, timed_of, worker_calls
 
 PHASES = tuple(TIMERS)
 # Rows that an engine without packing reads in one call: more of them are no faster, and page faults slow
@@ -170,17 +170,17 @@ def run_point(
     write_rollouts(point, codes, seed, folder / "rollouts.npz")
     timed: dict[str, list[dict[str, Any]]] = {name: [] for name in ARMS}
     measured: dict[str, Path] = {}  # of the last process
-    for repeat in range(repeats):
-        for name in list(ARMS)[:: 1 if repeat % 2 == 0 else -1]:
-            spec = {
-                "rollouts": str(folder / "rollouts.npz"),
-                "kept": ARMS[name].kept,
-                "steps": num_steps(steps, traced),
-                # One whole group in a call: what a group takes, however many a micro-batch has room for.
-                "memory_tokens": point.group_tokens(ARMS[name], codes.num_levels),
-            }
-            records, measured[name] = launch(point, ARMS[name], folder / f"{name}-{repeat + 1}", spec)
-            timed[name] += timed_of(records, steps)
+    for repeat, name in in_turns(ARMS, repeats):
+        arm = ARMS[name]
+        spec = {
+            "rollouts": str(folder / "rollouts.npz"),
+            "kept": arm.kept,
+            "steps": num_steps(steps, traced),
+            # One whole group in a call: what a group takes, however many a micro-batch has room for.
+            "memory_tokens": point.group_tokens(arm, codes.num_levels),
+        }
+        records, measured[name] = launch(point, arm, folder / f"{name}-{repeat + 1}", spec)
+        timed[name] += timed_of(records, steps)
     return [
         {
             "arm": name,

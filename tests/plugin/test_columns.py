@@ -35,7 +35,6 @@ def test_some_rows_of_columns() -> None:
 
 
 def test_columns_without_some() -> None:
-    left = Columns(3, {"uid": ["a", "b", "c"], "responses": ANSWERS, "index": [0, 0, 1]}).without(
-        ["index", "x"]
-    )
+    columns = Columns(3, {"uid": ["a", "b", "c"], "responses": ANSWERS, "index": [0, 0, 1]})
+    left = columns.without(["index", "x"])
     assert list(left) == ["uid", "responses"] and left.batch_size == (3,)
